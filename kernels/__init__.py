@@ -1,0 +1,8 @@
+"""Pure tensor functions of the MoE block: no model, no config, no process group.
+
+Installed as `epctl.kernels`. Nothing here imports the rest of epctl, and nothing prints.
+"""
+
+from epctl.kernels.dispatch import Choice, choose_implementation, moe_mlp, route
+
+__all__ = ["Choice", "choose_implementation", "moe_mlp", "route"]

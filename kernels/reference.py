@@ -1,0 +1,163 @@
+"""What every kernel must compute, in plain PyTorch: the CPU path and the oracle of the tests.
+
+Shape suffixes, used in every file of this package:
+    T  tokens            D  hidden size               E  experts held here
+    K  choices a token   I  expert intermediate size  N  rows, one for each (token, choice)
+
+Arithmetic is float32 whatever the inputs are (float64 stays float64, for gradcheck), and the
+result is cast back at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ScoreFunction = Literal["sigmoid", "softmax", "sqrt_softplus", "topk_softmax", "topk_sigmoid"]
+GroupScore = Literal["top2_sum", "max"]
+
+SCORE_FUNCTIONS: tuple[str, ...] = get_args(ScoreFunction)
+GROUP_SCORES: tuple[str, ...] = get_args(GroupScore)
+
+# What DeepSeek-V3's published router adds to the sum it divides by.
+NORMALIZE_EPSILON = 1e-20
+
+
+def check_route_arguments(
+    num_experts: int,
+    top_k: int,
+    score_func: str,
+    num_groups: int,
+    top_groups: int,
+    group_score: str,
+) -> None:
+    """Raises ValueError for a routing rule that no implementation can follow."""
+    if score_func not in SCORE_FUNCTIONS:
+        raise ValueError(f"score_func is {score_func!r}; known: {', '.join(SCORE_FUNCTIONS)}")
+    if group_score not in GROUP_SCORES:
+        raise ValueError(f"group_score is {group_score!r}; known: {', '.join(GROUP_SCORES)}")
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(f"num_groups {num_groups} does not divide {num_experts} experts")
+    if not 1 <= top_groups <= num_groups:
+        raise ValueError(f"top_groups is {top_groups}; it must be 1 to num_groups ({num_groups})")
+    reachable = top_groups * (num_experts // num_groups)
+    if not 1 <= top_k <= reachable:
+        raise ValueError(f"top_k is {top_k}; {reachable} experts can be chosen from")
+
+
+def route(
+    logits_TE: Tensor,
+    correction_bias_E: Tensor | None = None,
+    *,
+    top_k: int,
+    score_func: ScoreFunction = "sigmoid",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: GroupScore = "top2_sum",
+    normalize: bool,
+    normalize_floor: float | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns each token's weights (float32 [T, K], differentiable) and experts (int64 [T, K]).
+
+    The arguments are those of `epctl.kernels.route`. Equal scores go to the lower expert id.
+    """
+    check_route_arguments(
+        logits_TE.shape[-1], top_k, score_func, num_groups, top_groups, group_score
+    )
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    scores_TE = _scores(logits_TE, score_func)
+    choice_TE = scores_TE.detach()
+    if correction_bias_E is not None:
+        choice_TE = choice_TE + correction_bias_E.detach().to(choice_TE.dtype)
+    if top_groups < num_groups:
+        choice_TE = _mask_groups(choice_TE, num_groups, top_groups, group_score)
+    experts_TK = _largest(choice_TE, top_k)
+    weights_TK = scores_TE.gather(1, experts_TK)
+    if score_func == "topk_softmax":
+        weights_TK = weights_TK.softmax(dim=-1)
+    elif score_func == "topk_sigmoid":
+        weights_TK = weights_TK.sigmoid()
+    if normalize:
+        sum_T1 = weights_TK.sum(dim=-1, keepdim=True)
+        floored = normalize_floor is not None
+        weights_TK = weights_TK / (
+            sum_T1.clamp(min=normalize_floor) if floored else sum_T1 + NORMALIZE_EPSILON
+        )
+    return weights_TK * scale, experts_TK
+
+
+def _scores(logits_TE: Tensor, score_func: ScoreFunction) -> Tensor:
+    if score_func == "sigmoid":
+        return logits_TE.sigmoid()
+    if score_func == "softmax":
+        return logits_TE.softmax(dim=-1)
+    if score_func == "sqrt_softplus":
+        return F.softplus(logits_TE).sqrt()
+    return logits_TE
+
+
+def _mask_groups(
+    choice_TE: Tensor, num_groups: int, top_groups: int, group_score: GroupScore
+) -> Tensor:
+    num_tokens, num_experts = choice_TE.shape
+    grouped = choice_TE.view(num_tokens, num_groups, num_experts // num_groups)
+    if group_score == "max":
+        score_of_group = grouped.amax(dim=-1)
+    else:
+        score_of_group = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+    kept = torch.zeros_like(score_of_group, dtype=torch.bool)
+    kept.scatter_(1, _largest(score_of_group, top_groups), True)
+    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).view(num_tokens, num_experts)
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    # A stable sort, since `topk` leaves the order of equal values open.
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def moe_mlp(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    w1_EID: Tensor,
+    w3_EID: Tensor,
+    w2_EDI: Tensor,
+) -> Tensor:
+    """Returns `sum_k weights * w2 (silu(w1 x) * w3 x)` as [T, D] in the dtype of `x_TD`.
+
+    The arguments are those of `epctl.kernels.moe_mlp`. Rows are sorted by expert, so that each
+    expert's matrices are read once.
+    """
+    num_tokens, top_k = experts_TK.shape
+    compute = torch.promote_types(x_TD.dtype, torch.float32)
+    flat_N = experts_TK.reshape(-1)
+    order_N = flat_N.argsort(stable=True)
+    counts = torch.bincount(flat_N + 1, minlength=w1_EID.shape[0] + 1).tolist()
+    mine_N = order_N[counts[0] :]
+    token_N = mine_N // top_k
+    rows_ND = x_TD.to(compute)[token_N]
+    scale_N1 = weights_TK.to(compute).reshape(-1, 1)[mine_N]
+    y_ND = torch.cat(_expert_outputs(rows_ND, counts[1:], w1_EID, w3_EID, w2_EDI))
+    y_TD = torch.zeros(num_tokens, x_TD.shape[1], dtype=compute, device=x_TD.device)
+    return y_TD.index_add(0, token_N, y_ND * scale_N1).to(x_TD.dtype)
+
+
+def _expert_outputs(
+    rows_ND: Tensor, counts: list[int], w1_EID: Tensor, w3_EID: Tensor, w2_EDI: Tensor
+) -> list[Tensor]:
+    outputs = []
+    # `unbind` rather than indexing: its backward writes each weight gradient once, where every
+    # `w[e]` would add a zero-filled copy of all experts.
+    weights = zip(w1_EID.unbind(0), w3_EID.unbind(0), w2_EDI.unbind(0), strict=True)
+    for expert, (rows, (w1, w3, w2)) in enumerate(zip(rows_ND.split(counts), weights, strict=True)):
+        # Expert 0 runs even on no rows, so that gradients are zeros and never missing.
+        if len(rows) == 0 and expert > 0:
+            continue
+        gate = F.linear(rows, w1.to(rows.dtype))
+        up = F.linear(rows, w3.to(rows.dtype))
+        outputs.append(F.linear(F.silu(gate) * up, w2.to(rows.dtype)))
+    return outputs
