@@ -1,0 +1,206 @@
+"""RunConfig: every setting of a run, strict, with the source of each value.
+
+Precedence: flag > `--set` > `--config` file > default. An unknown key anywhere is an error that
+names the nearest valid one. The field descriptions feed `docs/config.md` and error texts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from epctl.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, values are never coerced from odd types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ParallelSection(Section):
+    ep: int = Field(1, ge=1, description="expert parallel size")
+    zero: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage")
+    num_ranks: int | None = Field(
+        None, ge=1, description="ranks to start; default: every GPU, or `ep` ranks without one"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ranks run")
+    timeout_minutes: float = Field(30.0, gt=0, description="collective timeout")
+
+
+class MoESection(Section):
+    implementation: Literal["epctl", "autoep"] = Field(
+        "epctl", description="epctl's layer, or DeepSpeed's own for comparison"
+    )
+
+
+class OptimSection(Section):
+    name: Literal["muon", "adamw"] = Field("muon", description="optimizer of the matrices")
+    lr: float = Field(2e-3, gt=0, description="learning rate of the matrices (Muon)")
+    adamw_lr: float | None = Field(
+        None, gt=0, description="learning rate of everything on AdamW; default: `lr`"
+    )
+    weight_decay: float = Field(0.1, ge=0, description="decoupled, times the unscaled rate")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon momentum")
+    nesterov: bool = Field(True, description="Nesterov momentum for Muon")
+    update_scale: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw", description="0.2*sqrt(max(rows, columns)), or sqrt(max(1, rows/columns))"
+    )
+    newton_schulz_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations")
+    router: Literal["muon", "adamw"] = Field("muon", description="optimizer of router weights")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW")
+    eps: float = Field(1e-8, gt=0, description="AdamW")
+    gradient_clipping: float = Field(
+        1.0, ge=0, description="bound on the norm of the raw gradient; 0 is off"
+    )
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "cosine", description="learning-rate schedule after warm-up"
+    )
+    warmup_steps: int = Field(10, ge=0, description="linear warm-up")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last rate over first")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="share of steps that wsd decays over")
+
+
+class TrainSection(Section):
+    steps: int = Field(120, ge=1, description="optimizer steps")
+    micro_batch_size: int = Field(2, ge=1, description="sequences a rank and micro-step")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps a step")
+    sequence_length: int = Field(256, ge=8, description="tokens a sequence")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on GPU, float32 on CPU"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute each block in backward")
+    eval_batches: int = Field(8, ge=1, description="held-out micro-batches a rank")
+    report_every: int = Field(5, ge=1, description="steps between reports")
+    sample_tokens: int = Field(96, ge=0, description="tokens sampled before and after; 0 is off")
+    seed: int = Field(0, ge=0, description="weights, data order and sampling")
+
+
+class RunSection(Section):
+    output: str | None = Field(None, description="run folder; default: runs/<date>-<time>")
+    save: bool = Field(True, description="write a Hugging Face folder at the end")
+
+
+class RunConfig(Section):
+    """All settings of `epctl train`."""
+
+    parallel: ParallelSection = ParallelSection()
+    moe: MoESection = MoESection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    run: RunSection = RunSection()
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A RunConfig and where each of its values came from (`default`, a file, `--set`, a flag)."""
+
+    config: RunConfig
+    sources: Mapping[str, str]
+
+    def to_json(self) -> str:
+        document = {"config": self.config.model_dump(), "sources": dict(self.sources)}
+        return json.dumps(document, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ResolvedConfig:
+        document = json.loads(text)
+        return cls(RunConfig.model_validate(document["config"]), document["sources"])
+
+
+def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yields every dotted key of the config, `parallel.ep` and so on."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from config_keys(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def resolve_config(
+    *, file: Path | None = None, settings: list[str] | None = None, flags: Mapping[str, Any]
+) -> ResolvedConfig:
+    """Merges defaults, a TOML file, `--set key=value` and flags (None means not given).
+
+    Raises ConfigError for an unreadable file, an unknown key or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    sources = {key: "default" for key in config_keys()}
+    layers = [(_read_file(file), f"file {file}")] if file is not None else []
+    layers.append((dict(_parse_setting(text) for text in settings or []), "--set"))
+    for layer, source in layers:
+        for key, value in layer.items():
+            _check_key(key, source)
+            values[key] = value
+            sources[key] = source
+    for key, value in flags.items():
+        if value is not None:
+            values[key] = value
+            sources[key] = "flag"
+    return ResolvedConfig(_validate(values, sources), sources)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config file `{path}`: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file `{path}` is not valid TOML: {error}") from None
+    return dict(_flatten(document))
+
+
+def _flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in document.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    key, separator, raw = text.partition("=")
+    if not separator:
+        raise ConfigError(f"`--set {text}` has no `=`", hint=f"write `--set {text}=VALUE`")
+    try:
+        return key.strip(), tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), raw.strip()  # an unquoted string
+
+
+def _check_key(key: str, source: str) -> None:
+    known = list(config_keys())
+    if key in known:
+        return
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    section = key.partition(".")[0]
+    siblings = [name for name in known if name.startswith(section + ".")] or known
+    did_you_mean = f"did you mean `{nearest[0]}`? " if nearest else ""
+    raise ConfigError(
+        f"unknown setting `{key}` ({source})", hint=f"{did_you_mean}valid: {', '.join(siblings)}"
+    )
+
+
+def _validate(values: Mapping[str, Any], sources: Mapping[str, str]) -> RunConfig:
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        nested.setdefault(section, {})[name] = value
+    try:
+        return RunConfig.model_validate(nested)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        source = sources.get(key, "?")
+        raise ConfigError(
+            f"setting `{key}` = {first['input']!r} ({source}): {first['msg'].lower()}"
+        ) from None

@@ -1,0 +1,58 @@
+"""The DeepSpeed JSON of a run, and why each key has its value. Pure: no torch, no DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from epctl.config import RunConfig
+
+
+def deepspeed_config(
+    config: RunConfig, *, bfloat16: bool, on_cpu: bool, num_experts: int | None = None
+) -> dict[str, Any]:
+    """Returns the config dict for `deepspeed.initialize`; `REASONS` explains the keys.
+
+    Expert parallelism of epctl's layer stays out of it: the layer exists before the engine does.
+    """
+    stage = config.parallel.zero
+    zero: dict[str, Any] = {"stage": stage, "reduce_scatter": True, "overlap_comm": not on_cpu}
+    if on_cpu:
+        zero |= {"reduce_bucket_size": 2**24, "allgather_bucket_size": 2**24}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 10_000}
+        if on_cpu:
+            zero |= {"stage3_prefetch_bucket_size": 2**22}
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        "gradient_clipping": config.optim.gradient_clipping if stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bfloat16},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if bfloat16 and stage >= 2:
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.moe.implementation == "autoep":
+        result["expert_parallel"] = {
+            "enabled": True,
+            "autoep_size": config.parallel.ep,
+            "preset_model": "deepseek_v3",
+        }
+    return result
+
+
+REASONS: dict[str, str] = {
+    "gradient_clipping": (
+        "acts on the raw gradient before the optimizer; stated because an absent key means 1.0; "
+        "0 at ZeRO-0, where the engine averages expert norms over ranks and epctl clips itself"
+    ),
+    "zero_allow_untested_optimizer": "epctl hands its own optimizer to the engine",
+    "zero_force_ds_cpu_optimizer": "the same, when optimizer state is offloaded",
+    "zero_optimization.reduce_scatter": "ZeRO-1/2 with experts needs it; epctl's Muon allows it",
+    "zero_optimization.overlap_comm": "on GPUs only: gloo gains nothing from it",
+    "data_types.grad_accum_dtype": "micro-steps add up in float32; ZeRO-1 would change its class",
+    "steps_per_print": "epctl reports instead",
+}

@@ -1,0 +1,70 @@
+"""Training text of the embedded default: the Python sources that every machine here has.
+
+Samples are drawn by index alone, so order depends on seed and batch layout, never on ranks' speed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epctl.errors import InputError
+
+# One file in ten is held out, chosen by its name, so the split is the same everywhere.
+HELD_OUT_SHARE = 10
+MAX_BYTES = 16 * 2**20
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib"})
+
+
+@dataclass(frozen=True)
+class ByteCorpus:
+    """Two byte arrays: what is trained on and what is held out."""
+
+    train: np.ndarray[tuple[int], np.dtype[np.uint8]]
+    held_out: np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+def standard_library_corpus(folder: Path | None = None) -> ByteCorpus:
+    """Reads this Python's standard library sources, at most 16 MiB.
+
+    Raises InputError if there is too little text (a stripped Python installation).
+    """
+    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    parts: dict[bool, list[bytes]] = {True: [], False: []}
+    total = 0
+    for path in sorted(root.rglob("*.py")):
+        if total >= MAX_BYTES or SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+            continue
+        text = path.read_bytes()
+        total += len(text)
+        digest = hashlib.sha256(path.name.encode()).digest()
+        parts[digest[0] % HELD_OUT_SHARE == 0].append(text)
+    if not parts[True] or not parts[False]:
+        raise InputError(f"found only {total} bytes of Python sources under `{root}`")
+    return ByteCorpus(_joined(parts[False]), _joined(parts[True]))
+
+
+def _joined(texts: list[bytes]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.frombuffer(b"\n".join(texts), dtype=np.uint8)
+
+
+def sample_batch(
+    text: np.ndarray[tuple[int], np.dtype[np.uint8]],
+    first_index: int,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+) -> Tensor:
+    """Returns token ids [batch_size, sequence_length] of samples `first_index` and following."""
+    rows = []
+    for index in range(first_index, first_index + batch_size):
+        digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+        start = int.from_bytes(digest[:8], "little") % (len(text) - sequence_length)
+        rows.append(text[start : start + sequence_length])
+    return torch.from_numpy(np.stack(rows).astype(np.int64))

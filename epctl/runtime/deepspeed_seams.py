@@ -1,0 +1,288 @@
+"""Every place where epctl relies on an internal of DeepSpeed 0.19.8; nothing else may.
+
+Each function names the upstream file it leans on. `tests/distributed/test_seams.py` holds one test
+a seam and fails loudly when an upgrade moves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups as deepspeed_groups
+from torch import Tensor, nn
+
+from epctl.runtime.mesh import Mesh, validate_expert_parallel
+
+__all__ = [
+    "AutoEPMoELayer",
+    "FlatPartition",
+    "Fragment",
+    "create_mesh",
+    "flat_partitions",
+    "full_parameters",
+    "initialize_distributed",
+    "mark_expert_layer",
+    "partition_module",
+    "split_expert_groups",
+]
+
+
+# --- process groups ---------------------------------------------------------------------------
+
+
+def initialize_distributed(device_type: str, timeout: datetime.timedelta) -> None:
+    """Starts torch.distributed under DeepSpeed: NCCL on CUDA, gloo on CPU.
+
+    On CPU DeepSpeed would JIT-build a shared-memory op for a minute (comm/torch.py, build_shm_op);
+    declaring it incompatible skips the build, and no compiler is needed.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def create_mesh(ep_size: int) -> Mesh:
+    """Creates DeepSpeed's ep and edp groups, which the engine then reuses (utils/groups.py).
+
+    Raises ConfigError if `ep_size` does not divide the number of ranks.
+    """
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    validate_expert_parallel(ep_size, num_ranks)
+    name = group_name(ep_size)
+    if name not in deepspeed_groups._get_expert_parallel_group_dict():
+        deepspeed_groups._create_expert_and_data_parallel(ep_size)
+    ep_group = deepspeed_groups._get_expert_parallel_group(name)
+    edp_group = deepspeed_groups._get_expert_data_parallel_group(name)
+    return Mesh(rank, num_ranks, ep_size, dist.get_rank(ep_group), ep_group, edp_group)
+
+
+def group_name(ep_size: int) -> str:
+    """Returns DeepSpeed's name for the groups of an expert parallel size."""
+    return f"ep_size_{ep_size}"
+
+
+# --- expert layers ----------------------------------------------------------------------------
+
+
+def mark_expert_layer(layer: AutoEPMoELayer, mesh: Mesh, num_experts: int) -> None:
+    """Gives a layer built without a source module what the engine looks for.
+
+    runtime/engine.py finds it by isinstance, wants `ep_size`, `ep_rank`, `num_experts`,
+    `num_local_experts`, `ep_group_name` and `ep_group`, and a child `experts` with Parameters
+    `w1`, `w2`, `w3`; DeepSpeed's own save wants the placement descriptor and a dict a Parameter.
+    """
+    num_local_experts = mesh.num_local_experts(num_experts)
+    layer.ep_size, layer.ep_rank = mesh.ep_size, mesh.ep_rank
+    layer.num_experts, layer.num_local_experts = num_experts, num_local_experts
+    layer.ep_group_name, layer.ep_group = group_name(mesh.ep_size), mesh.ep_group
+    assert layer.ep_group is None or isinstance(layer.ep_group, dist.ProcessGroup)
+    layer.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+        num_experts, num_local_experts, mesh.ep_size
+    )
+    for parameter in layer.experts.parameters():
+        mark_expert_parameter(parameter, layer, mesh.local_experts(num_experts))
+
+
+def mark_expert_parameter(parameter: nn.Parameter, layer: Any, local_experts: range) -> None:
+    """Marks one expert Parameter for reduction over its edp group and for DeepSpeed's save."""
+    logical_shape = [layer.num_experts, *parameter.shape[1:]]
+    placement = layer.expert_placement_descriptor
+    attributes = {
+        "allreduce": False,
+        "group_name": layer.ep_group_name,
+        "ds_zero_placement_family": "autoep_expert",
+        "ds_zero_partition_group_name": layer.ep_group_name,
+        DS_AUTOEP_UC_META: {
+            AUTOEP_EXPERT_PLACEMENT: placement,
+            AFFINE_MAP: autoep_placement_to_affine_map(placement, logical_shape).to_dict(),
+            AUTOEP_PARAM_LOGICAL_SHAPE: logical_shape,
+            AUTOEP_PARAM_EP_RANK: layer.ep_rank,
+            AUTOEP_PARAM_LOCAL_EXPERTS: list(local_experts),
+        },
+    }
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+
+
+def is_expert_parameter(parameter: nn.Parameter) -> bool:
+    """True for a Parameter that lives on one ep rank only (moe/utils.py, is_moe_param)."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def split_expert_groups(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Splits client parameter groups into dense and expert ones, dropping empty ones.
+
+    The engine does not do it for a client optimizer; expert groups carry `moe: True` and the name
+    of their process group, extra keys survive (moe/utils.py).
+    """
+    split = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
+    return [group for group in split if group["params"]]
+
+
+# --- ZeRO-3 partitioning ----------------------------------------------------------------------
+
+
+def partition_module(module: nn.Module, group: Any, deepspeed_config: dict[str, Any]) -> None:
+    """Partitions a module's Parameters over `group` now, so no rank keeps them whole.
+
+    Experts must use their edp group (engine.py checks it), everything else the default group;
+    Parameters already partitioned are skipped (zero/partition_parameters.py).
+    """
+    deepspeed.zero.Init(
+        module=module, data_parallel_group=group, config_dict_or_path=deepspeed_config
+    )
+
+
+@contextlib.contextmanager
+def full_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Shows whole Parameters at ZeRO-3; does nothing at other stages. A collective."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Returns the shape of a Parameter, also where ZeRO-3 holds only a slice of it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# --- what a client optimizer receives ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `[start, start + num_elements)` of a Parameter, at `offset` of a flat partition."""
+
+    parameter: nn.Parameter
+    start: int
+    num_elements: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class FlatPartition:
+    """A float32 tensor the optimizer steps on, and what every rank of its group holds in theirs.
+
+    `fragments_by_rank[k]` lists what rank k of `process_group` holds; the group is None where
+    nothing is partitioned (ZeRO-0) and every rank holds all.
+    """
+
+    flat: Tensor
+    process_group: dist.ProcessGroup | None
+    group_rank: int
+    fragments_by_rank: tuple[tuple[Fragment, ...], ...]
+
+
+def flat_partitions(engine: Any) -> list[FlatPartition]:
+    """Returns the layout of every tensor that `step()` of a client optimizer will see.
+
+    Order is the same on all ranks of a group. Covers ZeRO-0 (float32 and bf16), 1, 2 and 3.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _partitions_zero3(optimizer)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return _partitions_zero12(optimizer)
+    if hasattr(optimizer, "fp16_groups"):  # ZeRO-0 bf16: float32 copies, one a Parameter
+        pairs = zip(
+            [p for group in optimizer.fp16_groups for p in group],
+            [p for group in optimizer.fp32_groups for p in group],
+            strict=True,
+        )
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        pairs = zip(parameters, parameters, strict=True)
+    return [
+        FlatPartition(master, None, 0, ((Fragment(p, 0, p.numel(), 0),),)) for p, master in pairs
+    ]
+
+
+def _partitions_zero3(optimizer: Any) -> list[FlatPartition]:
+    """runtime/zero/stage3.py: rank k holds `[k*c, (k+1)*c)` of each Parameter, padded to c."""
+    result = []
+    for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        group = optimizer._get_sub_group_process_group(index)
+        by_rank = tuple(
+            tuple(
+                _slice_of(
+                    parameter,
+                    rank * parameter.partition_numel(),
+                    parameter.partition_numel(),
+                    optimizer.grad_position[optimizer.get_param_id(parameter)][1],
+                )
+                for parameter in optimizer.fp16_groups[index]
+            )
+            for rank in range(dist.get_world_size(group))
+        )
+        result.append(FlatPartition(flat, group, dist.get_rank(group), by_rank))
+    return result
+
+
+def _slice_of(parameter: nn.Parameter, start: int, length: int, offset: int) -> Fragment:
+    num_elements = full_shape(parameter).numel()
+    start = min(start, num_elements)
+    return Fragment(parameter, start, min(length, num_elements - start), offset)
+
+
+def _partitions_zero12(optimizer: Any) -> list[FlatPartition]:
+    """runtime/zero/stage_1_and_2.py: Parameters laid end to end, cut into equal pieces."""
+    result = []
+    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        group = optimizer.real_dp_process_group[index]
+        length = int(optimizer.partition_size[index])
+        placed = list(
+            zip(
+                optimizer.round_robin_bit16_groups[index],
+                optimizer.round_robin_bit16_offsets[index],
+                strict=True,
+            )
+        )
+        by_rank = tuple(
+            tuple(_overlaps(placed, rank * length, (rank + 1) * length))
+            for rank in range(dist.get_world_size(group))
+        )
+        result.append(FlatPartition(flat, group, dist.get_rank(group), by_rank))
+    return result
+
+
+def _overlaps(
+    placed: list[tuple[nn.Parameter, int]], begin: int, end: int
+) -> Iterator[Fragment]:
+    """Yields what of each Parameter falls into `[begin, end)` of the concatenation."""
+    for parameter, position in placed:
+        low = max(begin, position)
+        high = min(end, position + parameter.numel())
+        if low < high:
+            yield Fragment(parameter, low - position, high - low, low - begin)
+
+
+def gradient_norm(engine: Any) -> float:
+    """Returns the norm of the raw averaged gradient of the last step, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else float("nan")
+
+
+def skips_construction_step(engine: Any) -> bool:
+    """True where the engine's constructor ran one optimizer step (ZeRO-0 bf16, unfused)."""
+    return cast(bool, type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer")

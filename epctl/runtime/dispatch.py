@@ -1,0 +1,123 @@
+"""Token exchange over the expert-parallel axis: each token goes once to each rank it needs.
+
+Shape suffixes: T tokens here, K top_k, D hidden size, P ranks of the ep group,
+S rows this rank sends, R rows it receives (one a token and destination rank).
+
+A row carries its token, the local ids of the experts it is for (-1 where a choice lives on another
+rank) and their router weights. The expert side forms the weighted sum of a row, so the way back
+also moves one row a rank. Backward is the mirror of forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowSplits:
+    """How many rows this rank sends to and receives from each rank of `group`."""
+
+    sent: list[int]
+    received: list[int]
+    group: dist.ProcessGroup
+
+    def reversed(self) -> RowSplits:
+        return RowSplits(self.received, self.sent, self.group)
+
+
+class Dispatched(NamedTuple):
+    """Rows for this rank's experts, and what `combine` needs to send the results back."""
+
+    x_RD: Tensor
+    experts_RK: Tensor
+    weights_RK: Tensor
+    token_S: Tensor
+    splits: RowSplits
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, splits: RowSplits) -> Tensor:
+        ctx.splits = splits
+        return _all_to_all(rows, splits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(gradients[0], ctx.splits.reversed()), None
+
+
+def _all_to_all(rows: Tensor, splits: RowSplits) -> Tensor:
+    received = rows.new_empty(sum(splits.received), *rows.shape[1:])
+    dist.all_to_all_single(
+        received, rows.contiguous(), splits.received, splits.sent, group=splits.group
+    )
+    return received
+
+
+def exchange_rows(rows: Tensor, splits: RowSplits) -> Tensor:
+    """Returns the rows sent to this rank, in the order of their source ranks; differentiable."""
+    if rows.is_floating_point():
+        return cast(Tensor, _ExchangeRows.apply(rows, splits))  # type: ignore[no-untyped-call]
+    return _all_to_all(rows, splits)
+
+
+def exchange_splits(sent_P: Tensor, group: dist.ProcessGroup) -> RowSplits:
+    """Tells every rank how many rows come from whom: one exchange, one host synchronisation."""
+    received_P = torch.empty_like(sent_P)
+    dist.all_to_all_single(received_P, sent_P, group=group)
+    sent, received = torch.stack((sent_P, received_P)).tolist()
+    return RowSplits(sent, received, group)
+
+
+def local_expert_ids(experts_SK: Tensor, rank_S: Tensor, num_local_experts: int) -> Tensor:
+    """Returns ids relative to each row's destination rank, -1 for experts of other ranks.
+
+    `experts_SK` holds *global* ids; the block of rank p starts at `p * num_local_experts`.
+    """
+    local_SK = experts_SK - rank_S.unsqueeze(1) * num_local_experts
+    elsewhere = (local_SK < 0) | (local_SK >= num_local_experts)
+    return local_SK.masked_fill(elsewhere, -1)
+
+
+def dispatch(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    num_local_experts: int,
+    group: dist.ProcessGroup,
+) -> Dispatched:
+    """Sends each token once to each rank that holds one of its experts.
+
+    Args:
+        experts_TK: global expert ids, int64.
+        weights_TK: router weights; the gradient flows back through the exchange.
+    """
+    num_ranks = dist.get_world_size(group)
+    needs_TP = torch.zeros(
+        x_TD.shape[0], num_ranks, dtype=torch.bool, device=x_TD.device
+    ).scatter_(1, experts_TK // num_local_experts, True)
+    rank_S, token_S = needs_TP.t().nonzero(as_tuple=True)
+    splits = exchange_splits(needs_TP.sum(dim=0), group)
+    local_SK = local_expert_ids(experts_TK[token_S], rank_S, num_local_experts)
+    return Dispatched(
+        exchange_rows(x_TD[token_S], splits),
+        exchange_rows(local_SK, splits),
+        exchange_rows(weights_TK[token_S], splits),
+        token_S,
+        splits,
+    )
+
+
+def combine(y_RD: Tensor, sent: Dispatched, num_tokens: int) -> Tensor:
+    """Returns each token's sum over the ranks it went to, [T, D] in the dtype of `y_RD`.
+
+    The few partial sums of a token are added in float32.
+    """
+    rows_SD = exchange_rows(y_RD, sent.splits.reversed())
+    total_TD = rows_SD.new_zeros(num_tokens, rows_SD.shape[1], dtype=torch.float32)
+    return total_TD.index_add(0, sent.token_S, rows_SD.float()).to(y_RD.dtype)

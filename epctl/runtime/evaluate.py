@@ -1,0 +1,51 @@
+"""Held-out loss and a sampled continuation, by all ranks together.
+
+Every rank must call the same modules in the same order (experts and ZeRO-3 partitions live on
+other ranks), so ranks sample the same prompt in lockstep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@torch.no_grad()
+def held_out_loss(engine: Any, batches: Iterable[Tensor]) -> float:
+    """Returns the mean loss over every rank's batches, float64 sums."""
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for ids_BS in batches:
+        ids_BS = ids_BS.to(engine.device)
+        loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+        total += torch.stack((loss.double(), torch.ones_like(loss, dtype=torch.float64)))
+    dist.all_reduce(total)
+    engine.train()
+    return float(total[0] / total[1])
+
+
+@torch.no_grad()
+def sample_continuation(
+    engine: Any, prompt_ids: list[int], num_tokens: int, *, seed: int, temperature: float = 0.7
+) -> list[int]:
+    """Returns `num_tokens` sampled token ids after the prompt, the same on every rank."""
+    engine.eval()
+    generator = torch.Generator().manual_seed(seed)
+    ids_1S = torch.tensor([prompt_ids], device=engine.device)
+    cache = None
+    sampled: list[int] = []
+    for _ in range(num_tokens):
+        result = engine(input_ids=ids_1S, past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        scores = result.logits[0, -1].float().cpu() / temperature
+        choice = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
+        token = choice.to(engine.device)
+        dist.broadcast(token, src=0)  # rounding may differ between ranks; the text may not
+        sampled.append(int(token))
+        ids_1S = token.view(1, 1)
+    engine.train()
+    return sampled
