@@ -1,0 +1,177 @@
+"""The MoE block as two `torch.library` operators: forward, and its backward.
+
+What is kept for the backward is the tokens (2D bytes a token in bf16), the pre-activation H (4KI)
+and a few integers a row. The backward overwrites H, so a second backward over the same graph
+raises; `recompute=True` keeps no H and computes it again.
+Shape suffixes: see reference.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epctl.kernels import grouped_gemm as gemm
+from epctl.kernels.permute import (
+    RoutingTables,
+    combine,
+    gather_weight_gradient,
+    max_tiles,
+    routing_tables,
+)
+from epctl.kernels.tiles import TileTable, choose_tiles
+
+HOPPER = (9, 0)
+
+
+def _tiles(experts_TK: Tensor, w1_EID: Tensor) -> TileTable:
+    on_gpu = w1_EID.is_cuda
+    capability = torch.cuda.get_device_capability(w1_EID.device) if on_gpu else HOPPER
+    return choose_tiles(w1_EID.dtype, capability, experts_TK.numel() / w1_EID.shape[0])
+
+
+@torch.library.custom_op("epctl::moe_forward", mutates_args=())
+def _moe_forward(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    w1_EID: Tensor,
+    w3_EID: Tensor,
+    w2_EDI: Tensor,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    top_k, tiles = experts_TK.shape[1], _tiles(experts_TK, w1_EID)
+    tables = routing_tables(experts_TK, w1_EID.shape[0], tiles.block_rows)
+    if not experts_TK.numel():
+        return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, 2 * w1_EID.shape[1]), *tables
+    h, a_NI = gemm.gate_up(x_TD, w1_EID, w3_EID, tables, top_k, tiles.gate_up, write_h=keep_h)
+    y_ND = gemm.down(a_NI, w2_EDI, tables, tiles.down)
+    del a_NI
+    return combine(y_ND, tables.row_of_pair_N, weights_TK, top_k), h, *tables
+
+
+@_moe_forward.register_fake
+def _(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    w1_EID: Tensor,
+    w3_EID: Tensor,
+    w2_EDI: Tensor,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_experts, intermediate, _ = w1_EID.shape
+    num_rows = experts_TK.numel()
+    num_tiles = max_tiles(num_rows, num_experts, _tiles(experts_TK, w1_EID).block_rows)
+    integer_sizes = (num_rows, num_rows, num_experts + 1, num_tiles, num_tiles, 1)
+    h = x_TD.new_empty(num_rows if keep_h else 0, 2 * intermediate)
+    integers = [x_TD.new_empty(size, dtype=torch.int32) for size in integer_sizes]
+    return torch.empty_like(x_TD), h, *integers  # type: ignore[return-value]
+
+
+@torch.library.custom_op("epctl::moe_backward", mutates_args=("h",))
+def _moe_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    w1_EID: Tensor,
+    w3_EID: Tensor,
+    w2_EDI: Tensor,
+    h: Tensor,
+    tables: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not weights_TK.numel():
+        weights = (torch.zeros_like(w) for w in (w1_EID, w3_EID, w2_EDI))
+        return torch.zeros_like(x_TD), torch.zeros_like(weights_TK), *weights  # type: ignore[return-value]
+    top_k, tiles = weights_TK.shape[1], _tiles(weights_TK, w1_EID)
+    sorted_order = RoutingTables(*tables)
+    if not len(h):
+        h, _ = gemm.gate_up(x_TD, w1_EID, w3_EID, sorted_order, top_k, tiles.gate_up, write_a=False)
+    a_NI, partial_PN = gemm.down_backward(
+        dy_TD, w2_EDI, h, weights_TK, sorted_order, tiles.down_backward
+    )
+    dweights_TK = gather_weight_gradient(partial_PN, sorted_order.row_of_pair_N, weights_TK.shape)
+    # Each temporary dies before the next large gradient is made: the order is the peak memory.
+    dw2_EDI = gemm.down_weight_gradient(
+        dy_TD, a_NI, w2_EDI, sorted_order, top_k, tiles.down_weight_gradient
+    )
+    del a_NI, partial_PN
+    dx_ND = gemm.input_gradient(h, w1_EID, w3_EID, sorted_order, tiles.input_gradient)
+    dx_TD = combine(dx_ND, sorted_order.row_of_pair_N, None, top_k)
+    del dx_ND
+    dw1_EID, dw3_EID = gemm.gate_up_weight_gradient(
+        h, x_TD, w1_EID, sorted_order, top_k, tiles.gate_up_weight_gradient
+    )
+    return dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI
+
+
+@_moe_backward.register_fake
+def _(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    w1_EID: Tensor,
+    w3_EID: Tensor,
+    w2_EDI: Tensor,
+    h: Tensor,
+    tables: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI)
+    return tuple(torch.empty_like(tensor) for tensor in inputs)  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, _, weights_TK, w1_EID, w3_EID, w2_EDI, _ = inputs
+    _, h, *tables = output
+    # Otherwise autograd would hand the backward zero-filled gradients for H and the integers.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h, *tables)
+    ctx.save_for_backward(x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *tables)
+
+
+def _backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy_TD is None:
+        return (None,) * 7
+    x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *tables = ctx.saved_tensors
+    dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI = _moe_backward(
+        dy_TD.contiguous(), x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, tables
+    )
+    return dx_TD, None, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, None
+
+
+_moe_forward.register_autograd(_backward, setup_context=_save)
+
+
+def moe_mlp(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    w1_EID: Tensor,
+    w3_EID: Tensor,
+    w2_EDI: Tensor,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Returns the weighted sum of each token's experts, [T, D]; see `epctl.kernels.moe_mlp`.
+
+    Raises:
+        ValueError: tokens and expert weights differ in dtype, or the dtype has no kernel.
+    """
+    if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"the kernels take bfloat16, float16 or float32, not {x_TD.dtype}")
+    differing = {w.dtype for w in (w1_EID, w3_EID, w2_EDI)} - {x_TD.dtype}
+    if differing:
+        raise ValueError(f"x_TD is {x_TD.dtype}, but expert weights are {differing.pop()}")
+    inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _moe_forward(
+        x_TD.contiguous(),
+        experts_TK.contiguous(),
+        weights_TK.contiguous().float(),
+        w1_EID.contiguous(),
+        w3_EID.contiguous(),
+        w2_EDI.contiguous(),
+        trains and not recompute,
+    )[0]

@@ -1,0 +1,307 @@
+"""Which row goes where, worked out on the device, and the sum that brings rows back to tokens.
+
+A counting sort by expert, stable, without a host synchronisation: the host allocates by bounds
+that it can compute (every pair a row, every expert one part-filled tile), and the device says how
+much of them is used. Three launches: count each chunk of pairs, turn counts into positions, place.
+Shape suffixes: see reference.py; M is the number of tiles that could be needed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Pairs that one program ranks against each other, all to all: 16 K comparisons in registers.
+CHUNK = 128
+
+
+class RoutingTables(NamedTuple):
+    """The sorted order. All int32, all on the device.
+
+    Attributes:
+        row_of_pair_N: the row of pair `token * K + choice`, -1 for a pair held elsewhere.
+        pair_of_row_N: its inverse; rows beyond the last used one are not written.
+        offsets_E: [E + 1], first row of each expert, and the number of rows used.
+        tile_expert_M: the expert of each tile of rows.
+        tile_row_M: each tile's first row.
+        num_tiles_1: how many tiles are used.
+    """
+
+    row_of_pair_N: Tensor
+    pair_of_row_N: Tensor
+    offsets_E: Tensor
+    tile_expert_M: Tensor
+    tile_row_M: Tensor
+    num_tiles_1: Tensor
+
+
+def max_tiles(num_rows: int, num_experts: int, block_rows: int) -> int:
+    """Returns the most tiles of `block_rows` rows that any routing of `num_rows` rows needs."""
+    part_filled = min(num_experts, num_rows)
+    return part_filled + max(0, num_rows - part_filled) // block_rows
+
+
+@triton.jit
+def _count_kernel(
+    experts_ptr,
+    counts_ptr,
+    totals_ptr,
+    num_pairs,
+    num_chunks,
+    NUM_EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERT_BLOCK: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+    ids = tl.arange(0, EXPERT_BLOCK)
+    count = tl.sum((expert[:, None] == ids[None, :]).to(tl.int32), axis=0)
+    held = ids < NUM_EXPERTS
+    tl.store(counts_ptr + ids * num_chunks + chunk, count, mask=held)
+    tl.atomic_add(totals_ptr + ids, count, mask=held & (count > 0))
+
+
+@triton.jit
+def _position_kernel(
+    counts_ptr,
+    totals_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    num_chunks,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERT_BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    ids = tl.arange(0, EXPERT_BLOCK)
+    totals = tl.load(totals_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
+    tiles = (totals + TILE_ROWS - 1) // TILE_ROWS
+    first_row = tl.sum(tl.where(ids < expert, totals, 0))
+    first_tile = tl.sum(tl.where(ids < expert, tiles, 0))
+    own_rows = tl.sum(tl.where(ids == expert, totals, 0))
+    own_tiles = tl.sum(tl.where(ids == expert, tiles, 0))
+    tl.store(offsets_ptr + expert, first_row)
+    if expert == NUM_EXPERTS - 1:
+        tl.store(offsets_ptr + NUM_EXPERTS, first_row + own_rows)
+        tl.store(num_tiles_ptr, first_tile + own_tiles)
+    lane = tl.arange(0, BLOCK)
+    position = first_row
+    for start in range(0, num_chunks, BLOCK):
+        chunk = start + lane
+        at = counts_ptr + expert * num_chunks + chunk
+        count = tl.load(at, mask=chunk < num_chunks, other=0)
+        tl.store(at, position + tl.cumsum(count, 0) - count, mask=chunk < num_chunks)
+        position += tl.sum(count)
+    for start in range(0, own_tiles, BLOCK):
+        tile = start + lane
+        used = tile < own_tiles
+        tl.store(tile_expert_ptr + first_tile + tile, expert + tile * 0, mask=used)
+        tl.store(tile_row_ptr + first_tile + tile, first_row + tile * TILE_ROWS, mask=used)
+
+
+@triton.jit
+def _place_kernel(
+    experts_ptr,
+    positions_ptr,
+    row_of_pair_ptr,
+    pair_of_row_ptr,
+    num_pairs,
+    num_chunks,
+    NUM_EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    pair = chunk * CHUNK + lane
+    exists = pair < num_pairs
+    expert = tl.load(experts_ptr + pair, mask=exists, other=-1).to(tl.int32)
+    held = (expert >= 0) & (expert < NUM_EXPERTS)
+    earlier = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
+    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    first = tl.load(positions_ptr + expert * num_chunks + chunk, mask=held, other=0)
+    row = tl.where(held, first + rank, -1)
+    tl.store(row_of_pair_ptr + pair, row, mask=exists)
+    tl.store(pair_of_row_ptr + row, pair, mask=held)
+
+
+def routing_tables(experts_TK: Tensor, num_experts: int, block_rows: int) -> RoutingTables:
+    """Returns the stable order of (token, choice) pairs by expert, for tiles of `block_rows` rows.
+
+    Ids outside 0 to `num_experts - 1` are pairs held elsewhere: they get no row.
+    """
+    pairs = experts_TK.contiguous()
+    num_pairs = pairs.numel()
+    num_chunks = triton.cdiv(num_pairs, CHUNK)
+    num_tiles = max_tiles(num_pairs, num_experts, block_rows)
+    expert_block = triton.next_power_of_2(num_experts)
+    integers = {"dtype": torch.int32, "device": pairs.device}
+    tables = RoutingTables(
+        row_of_pair_N=torch.empty(num_pairs, **integers),
+        pair_of_row_N=torch.empty(num_pairs, **integers),
+        offsets_E=torch.empty(num_experts + 1, **integers),
+        tile_expert_M=torch.empty(num_tiles, **integers),
+        tile_row_M=torch.empty(num_tiles, **integers),
+        num_tiles_1=torch.empty(1, **integers),
+    )
+    totals_E = torch.zeros(num_experts, **integers)
+    counts = torch.empty(num_experts * num_chunks, **integers)
+    if num_pairs:
+        _count_kernel[(num_chunks,)](
+            pairs,
+            counts,
+            totals_E,
+            num_pairs,
+            num_chunks,
+            NUM_EXPERTS=num_experts,
+            CHUNK=CHUNK,
+            EXPERT_BLOCK=expert_block,
+            num_warps=max(4, min(16, expert_block // 32)),
+        )
+    _position_kernel[(num_experts,)](
+        counts,
+        totals_E,
+        tables.offsets_E,
+        tables.tile_expert_M,
+        tables.tile_row_M,
+        tables.num_tiles_1,
+        num_chunks,
+        NUM_EXPERTS=num_experts,
+        EXPERT_BLOCK=expert_block,
+        TILE_ROWS=block_rows,
+        BLOCK=1024,
+    )
+    if num_pairs:
+        _place_kernel[(num_chunks,)](
+            pairs,
+            counts,
+            tables.row_of_pair_N,
+            tables.pair_of_row_N,
+            num_pairs,
+            num_chunks,
+            NUM_EXPERTS=num_experts,
+            CHUNK=CHUNK,
+        )
+    return tables
+
+
+@triton.jit
+def _combine_kernel(
+    rows_ptr,
+    weights_ptr,
+    row_of_pair_ptr,
+    out_ptr,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for choice in tl.static_range(TOP_K):
+        row = tl.load(row_of_pair_ptr + token * TOP_K + choice).to(tl.int64)
+        # A pair held elsewhere adds nothing, also where its weight is not finite.
+        limit = tl.where(row >= 0, HIDDEN, 0)
+        value = tl.load(rows_ptr + row * HIDDEN + column, mask=column < limit, other=0.0)
+        if WEIGHTED:
+            weight = tl.load(weights_ptr + token * TOP_K + choice)
+            total += tl.where(row >= 0, weight, 0.0) * value.to(tl.float32)
+        else:
+            total += value.to(tl.float32)
+    tl.store(
+        out_ptr + token * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=column < HIDDEN
+    )
+
+
+def combine(
+    rows_ND: Tensor, row_of_pair_N: Tensor, weights_TK: Tensor | None, top_k: int
+) -> Tensor:
+    """Returns, for each token, the sum of its rows, [T, D], times its float32 weights if given."""
+    num_tokens, hidden = row_of_pair_N.numel() // top_k, rows_ND.shape[1]
+    out_TD = torch.empty(num_tokens, hidden, dtype=rows_ND.dtype, device=rows_ND.device)
+    if out_TD.numel():
+        block = min(2048, triton.next_power_of_2(hidden))
+        _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
+            rows_ND,
+            weights_TK,
+            row_of_pair_N,
+            out_TD,
+            HIDDEN=hidden,
+            TOP_K=top_k,
+            WEIGHTED=weights_TK is not None,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 256)),
+        )
+    return out_TD
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    partial_ptr,
+    row_of_pair_ptr,
+    out_ptr,
+    num_pairs,
+    num_rows,
+    NUM_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = pair < num_pairs
+    row = tl.load(row_of_pair_ptr + pair, mask=exists, other=-1).to(tl.int64)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(NUM_PARTS):
+        total += tl.load(partial_ptr + part * num_rows + row, mask=row >= 0, other=0.0)
+    tl.store(out_ptr + pair, total, mask=exists)
+
+
+def gather_weight_gradient(partial_PN: Tensor, row_of_pair_N: Tensor, shape: torch.Size) -> Tensor:
+    """Returns the float32 gradient of the router's weights from P partial sums for each row."""
+    out_TK = torch.empty(shape, dtype=torch.float32, device=partial_PN.device)
+    num_parts, num_rows = partial_PN.shape
+    if num_rows:
+        _weight_gradient_kernel[(triton.cdiv(num_rows, 256),)](
+            partial_PN,
+            row_of_pair_N,
+            out_TK,
+            num_rows,
+            num_rows,
+            NUM_PARTS=num_parts,
+            BLOCK=256,
+        )
+    return out_TK
+
+
+@triton.jit
+def _zero_beyond_kernel(
+    rows_ptr,
+    offsets_ptr,
+    num_rows,
+    WIDTH: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.load(offsets_ptr + NUM_EXPERTS).to(tl.int64) + tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = rows_ptr + row * WIDTH + column
+    zero = tl.zeros((BLOCK,), dtype=rows_ptr.dtype.element_ty)
+    tl.store(at, zero, mask=column < tl.where(row < num_rows, WIDTH, 0))
+
+
+def zero_beyond(rows: Tensor, offsets_E: Tensor, count: int) -> None:
+    """Zeroes the `count` rows that follow the last used one, in place.
+
+    Weight gradients multiply them by zeros; what an allocation happens to hold may be NaN.
+    """
+    num_rows, width = rows.shape
+    if rows.numel():
+        _zero_beyond_kernel[(count, triton.cdiv(width, 1024))](
+            rows, offsets_E, num_rows, WIDTH=width, NUM_EXPERTS=offsets_E.numel() - 1, BLOCK=1024
+        )
