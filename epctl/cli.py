@@ -17,8 +17,10 @@ from epctl import __version__
 from epctl.errors import EXIT_CODE_MEANING, debug_enabled, exit_code_of, format_error
 from epctl.output import out, set_mode
 
-EXIT_CODES = "Exit codes: " + "; ".join(f"{int(k)} {v}" for k, v in EXIT_CODE_MEANING.items()) + (
-    "; a trainer's own code passes through."
+EXIT_CODES = (
+    "Exit codes: "
+    + "; ".join(f"{int(k)} {v}" for k, v in EXIT_CODE_MEANING.items())
+    + ("; a trainer's own code passes through.")
 )
 
 
@@ -33,7 +35,9 @@ class GuardedGroup(TyperGroup):
                 raise
             if debug_enabled():
                 out.error(traceback.format_exc())
-            out.error("interrupted" if isinstance(error, KeyboardInterrupt) else format_error(error))
+            out.error(
+                "interrupted" if isinstance(error, KeyboardInterrupt) else format_error(error)
+            )
             raise typer.Exit(exit_code_of(error)) from None
 
 
@@ -71,6 +75,62 @@ def _root(
 def examples(*lines: str) -> str:
     """Returns a help epilog that shows command lines; a test parses each of them."""
     return "Examples:\n\n" + "\n\n".join(lines)
+
+
+@app.command(
+    epilog=examples(
+        "epctl train --ep 4 --zero 3 --optim muon",
+        "epctl train --ep 2 --zero 2 --optim adamw --steps 50 --set optim.schedule=wsd",
+        "epctl train --ep 4 --dry-run",
+    )
+)
+def train(
+    ep: Annotated[int | None, typer.Option(help="Expert parallel size.")] = None,
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.")] = None,
+    optim: Annotated[str | None, typer.Option(help="Optimizer: muon or adamw.")] = None,
+    moe: Annotated[
+        str | None, typer.Option(help="MoE layer: epctl, or DeepSpeed's autoep to compare.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
+    num_ranks: Annotated[
+        int | None, typer.Option(help="Ranks; default: one a GPU, or as many as `--ep` on CPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder; default runs/<date>-<time>.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings from a TOML file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, `section.key=value`.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show settings, DeepSpeed JSON and command only.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show rank 0's log.")] = False,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Train; with no model, a small one of Moonlight's layout on local Python sources."""
+    from epctl.config import resolve_config
+    from epctl.launch.train_command import run_train
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    flags = {
+        "parallel.ep": ep,
+        "parallel.zero": zero,
+        "parallel.num_ranks": num_ranks,
+        "parallel.device": device,
+        "optim.name": optim,
+        "optim.lr": lr,
+        "moe.implementation": moe,
+        "train.steps": steps,
+        "train.seed": seed,
+        "run.output": str(output) if output is not None else None,
+    }
+    resolved = resolve_config(file=config, settings=settings, flags=flags)
+    run_train(resolved, out, dry_run=dry_run, verbose=verbose)
 
 
 def main() -> None:

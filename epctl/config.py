@@ -134,7 +134,7 @@ def resolve_config(
     Raises ConfigError for an unreadable file, an unknown key or a value out of range.
     """
     values: dict[str, Any] = {}
-    sources = {key: "default" for key in config_keys()}
+    sources = dict.fromkeys(config_keys(), "default")
     layers = [(_read_file(file), f"file {file}")] if file is not None else []
     layers.append((dict(_parse_setting(text) for text in settings or []), "--set"))
     for layer, source in layers:

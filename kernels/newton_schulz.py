@@ -42,7 +42,11 @@ def coefficient_table(name: str, num_steps: int) -> Coefficients:
 
 
 def orthogonalize(
-    x_BMN: Tensor, *, num_steps: int = 5, coefficients: str = "you", dtype: torch.dtype | None = None
+    x_BMN: Tensor,
+    *,
+    num_steps: int = 5,
+    coefficients: str = "you",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Returns the approximate orthogonal polar factor of each matrix, float32, same shape.
 

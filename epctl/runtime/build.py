@@ -28,11 +28,13 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     zero3_config: dict[str, Any] | None = None,
+    swap: bool = True,
 ) -> nn.Module:
     """Returns the model with this rank's experts and weights from `weights`.
 
     Args:
         config: a transformers DeepseekV3Config.
+        swap: false keeps transformers' blocks with all experts, for DeepSpeed's own AutoEP.
         zero3_config: the DeepSpeed config when parameters are to be partitioned (ZeRO-3).
 
     Raises:
@@ -41,7 +43,8 @@ def build_model(
     """
     validate_expert_parallel(mesh.ep_size, mesh.num_ranks, config.n_routed_experts)
     model = meta_model(config, dtype)
-    swap_moe_blocks(model, config, mesh, dtype)
+    if swap:
+        swap_moe_blocks(model, config, mesh, dtype)
     for prefix, module in load_units(model):
         materialize(module, prefix, weights, device)
         if zero3_config is not None:

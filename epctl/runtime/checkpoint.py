@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -68,7 +67,7 @@ def _commit(
             num_bytes[0] = _publish(folder, staging, [part for part, _ in reports])
         except OSError as error:
             failures.append(f"cannot publish `{folder}`: {error.strerror or error}")
-    outcome = [failures, num_bytes[0]]
+    outcome: list[Any] = [failures, num_bytes[0]]
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0]:
         if mesh.rank == 0:
@@ -105,7 +104,7 @@ def _write_shards(model: nn.Module, mesh: Mesh, staging: Path) -> dict[str, str]
     index: dict[str, str] = {}
     writer = _ShardWriter(staging, f"model-rank{mesh.rank:05d}", index)
     for unit in _units(model):
-        with seams.full_parameters([p for p in _parameters(unit)]):
+        with seams.full_parameters(list(_parameters(unit))):
             for tensor in unit:
                 writes = mesh.edp_rank == 0 if tensor.is_expert else mesh.rank == 0
                 if writes:
@@ -193,5 +192,5 @@ def checkpoint_bytes(model: nn.Module, mesh: Mesh) -> int:
     total = 0
     for tensor in hub_tensors(model):
         copies = mesh.ep_size if tensor.is_expert else 1
-        total += copies * tensor.tensor.element_size() * torch.Size(tensor.shape).numel()
+        total += copies * tensor.tensor.element_size() * tensor.num_elements
     return total

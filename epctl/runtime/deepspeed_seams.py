@@ -10,7 +10,7 @@ import contextlib
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import torch
@@ -162,8 +162,8 @@ def full_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Returns the shape of a Parameter, also where ZeRO-3 holds only a slice of it."""
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Returns the shape of a Parameter or buffer, also where ZeRO-3 holds only a slice of it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -266,9 +266,7 @@ def _partitions_zero12(optimizer: Any) -> list[FlatPartition]:
     return result
 
 
-def _overlaps(
-    placed: list[tuple[nn.Parameter, int]], begin: int, end: int
-) -> Iterator[Fragment]:
+def _overlaps(placed: list[tuple[nn.Parameter, int]], begin: int, end: int) -> Iterator[Fragment]:
     """Yields what of each Parameter falls into `[begin, end)` of the concatenation."""
     for parameter, position in placed:
         low = max(begin, position)
@@ -283,6 +281,20 @@ def gradient_norm(engine: Any) -> float:
     return float(norm) if norm is not None else float("nan")
 
 
-def skips_construction_step(engine: Any) -> bool:
-    """True where the engine's constructor ran one optimizer step (ZeRO-0 bf16, unfused)."""
-    return cast(bool, type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer")
+def clip_gradients_zero0(engine: Any, mesh: Mesh, max_norm: float) -> float:
+    """Clips at ZeRO-0, where the engine would average expert norms over ranks; returns the norm.
+
+    Gradients are already averaged at an accumulation boundary. Experts of the ep group's other
+    ranks count once each (runtime/utils.py, clip_grad_norm_; upstream #8469).
+    """
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    squares = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for parameter in parameters:
+        index = int(is_expert_parameter(parameter))
+        squares[index] += parameter.grad.double().square().sum()
+    dist.all_reduce(squares[1:], group=mesh.ep_group)
+    norm = float(squares.sum().sqrt())
+    if 0 < max_norm < norm:
+        for parameter in parameters:
+            parameter.grad.mul_(max_norm / (norm + 1e-6))
+    return norm

@@ -98,9 +98,9 @@ def dispatch(
         weights_TK: router weights; the gradient flows back through the exchange.
     """
     num_ranks = dist.get_world_size(group)
-    needs_TP = torch.zeros(
-        x_TD.shape[0], num_ranks, dtype=torch.bool, device=x_TD.device
-    ).scatter_(1, experts_TK // num_local_experts, True)
+    needs_TP = torch.zeros(x_TD.shape[0], num_ranks, dtype=torch.bool, device=x_TD.device).scatter_(
+        1, experts_TK // num_local_experts, True
+    )
     rank_S, token_S = needs_TP.t().nonzero(as_tuple=True)
     splits = exchange_splits(needs_TP.sum(dim=0), group)
     local_SK = local_expert_ids(experts_TK[token_S], rank_S, num_local_experts)

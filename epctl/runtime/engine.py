@@ -11,6 +11,7 @@ from torch import nn
 
 from epctl.config import OptimSection, RunConfig
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.mesh import Mesh
 from epctl.runtime.optimizer import MatrixOptimizer
 from epctl.runtime.parameter_groups import parameter_groups
 from epctl.runtime.schedule import rate_factor
@@ -92,16 +93,23 @@ def _held(parameter: nn.Parameter) -> int:
     return int(partition.numel()) if partition is not None else parameter.numel()
 
 
-def train_step(engine: Any, scheduler: Any, batches: list[torch.Tensor]) -> tuple[float, float]:
+def train_step(
+    engine: Any, scheduler: Any, batches: list[torch.Tensor], config: RunConfig, mesh: Mesh
+) -> tuple[float, float]:
     """Runs one optimizer step over its micro-batches; returns (mean loss, raw gradient norm)."""
+    norm = float("nan")
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for ids_BS in batches:
         ids_BS = ids_BS.to(engine.device)
         loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
         engine.backward(loss)
+        if config.parallel.zero == 0 and engine.is_gradient_accumulation_boundary():
+            norm = seams.clip_gradients_zero0(engine, mesh, config.optim.gradient_clipping)
         engine.step()
         total += loss.detach().double()
     scheduler.step()
     dist.all_reduce(total)
     mean = total / (len(batches) * dist.get_world_size())
-    return cast(float, mean.item()), seams.gradient_norm(engine)
+    if config.parallel.zero > 0:
+        norm = seams.gradient_norm(engine)
+    return cast(float, mean.item()), norm

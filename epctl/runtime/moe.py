@@ -132,7 +132,9 @@ class ExpertParallelMoE(seams.AutoEPMoELayer):  # type: ignore[misc]
         x_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
         weights_TK, experts_TK = self.gate(x_TD)
         y_BSD = self._routed(x_TD, experts_TK, weights_TK).view_as(hidden_BSD)
-        return y_BSD if self.shared_experts is None else y_BSD + self.shared_experts(hidden_BSD)
+        if self.shared_experts is not None:
+            y_BSD = y_BSD + self.shared_experts(hidden_BSD)
+        return y_BSD
 
     def _routed(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if self.ep_size == 1:

@@ -53,7 +53,7 @@ def classify(model: nn.Module, optim: OptimSection) -> Iterator[tuple[str, nn.Pa
         if embedding is not None
         for p in embedding.parameters()
     }
-    routers = {id(m.weight) for m in model.modules() if _is_router(m)}
+    routers = {id(p) for m in model.modules() if _is_router(m) for p in m.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = parameter_kind(name, parameter, excluded, routers, optim)

@@ -1,29 +1,24 @@
-"""The program every rank runs: `python -m epctl.runtime.train RUN_FOLDER` under torchrun.
+"""The program every rank runs, started by `epctl.runtime.worker` under torchrun.
 
 Linear, readable top to bottom: place, build, prove, train, evaluate, save.
 """
 
 from __future__ import annotations
 
-import ctypes
 import datetime
-import json
 import os
 import resource
-import signal
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from epctl import __version__
 from epctl.config import ResolvedConfig, RunConfig
-from epctl.errors import ConfigError, EpctlError, exit_code_of
+from epctl.errors import ConfigError
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import data, default_model
 from epctl.runtime import deepspeed_seams as seams
@@ -41,22 +36,10 @@ from epctl.runtime.weights import RandomWeights
 PROMPT_BYTES = 64
 
 
-def main(run_folder: Path) -> int:
-    """Trains; returns the exit code. Failures leave `failure-rank-K.json` for the launcher."""
-    rank = int(os.environ["RANK"])
-    _follow_parent_into_death()
-    try:
-        resolved = ResolvedConfig.from_json((run_folder / "config.json").read_text("utf-8"))
-        _run(run_folder, resolved.config)
-    except Exception as error:
-        _record_failure(run_folder, rank, error)
-        traceback.print_exc()
-        return exit_code_of(error)
-    return 0
-
-
-def _run(run_folder: Path, config: RunConfig) -> None:
+def train(run_folder: Path) -> None:
+    """Trains as `config.json` of the run folder says; every rank calls it."""
     started = time.time()
+    config = ResolvedConfig.from_json((run_folder / "config.json").read_text("utf-8")).config
     device = _device(config)
     torch.manual_seed(config.train.seed)
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
@@ -69,13 +52,15 @@ def _run(run_folder: Path, config: RunConfig) -> None:
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     ds_config = deepspeed_config(config, bfloat16=bfloat16, on_cpu=device.type == "cpu")
     model_config = default_model.default_config()
+    swap = config.moe.implementation == "epctl"
     model = build_model(
         model_config,
         mesh,
         RandomWeights(config.train.seed),
         dtype=dtype,
         device=device,
-        zero3_config=ds_config if config.parallel.zero == 3 else None,
+        zero3_config=ds_config if config.parallel.zero == 3 and swap else None,
+        swap=swap,
     )
     if config.run.save:
         check_disk_space(run_folder, checkpoint_bytes(model, mesh))
@@ -102,20 +87,20 @@ def _train(
     corpus: data.ByteCorpus,
     events: EventLog,
 ) -> None:
-    train = config.train
+    settings = config.train
     tokens = (
-        train.micro_batch_size
-        * train.sequence_length
-        * train.gradient_accumulation_steps
+        settings.micro_batch_size
+        * settings.sequence_length
+        * settings.gradient_accumulation_steps
         * mesh.num_ranks
     )
     last_report = time.perf_counter()
     since_report = 0
-    for step in range(train.steps):
+    for step in range(settings.steps):
         batches = list(_step_batches(config, mesh, corpus, step))
-        loss, norm = train_step(engine, scheduler, batches)
+        loss, norm = train_step(engine, scheduler, batches, config, mesh)
         since_report += 1
-        if (step + 1) % train.report_every == 0 or step + 1 in (1, train.steps):
+        if (step + 1) % settings.report_every == 0 or step + 1 in (1, settings.steps):
             now = time.perf_counter()
             seconds = (now - last_report) / since_report
             events.write(
@@ -211,7 +196,7 @@ def _plan(
     state = count_state_bytes(engine, optimizer)
     sizes = {"expert": 0, "dense": 0}
     for tensor in hub_tensors(engine.module):
-        sizes["expert" if tensor.is_expert else "dense"] += torch.Size(tensor.shape).numel()
+        sizes["expert" if tensor.is_expert else "dense"] += tensor.num_elements
     total = sizes["dense"] + sizes["expert"] * mesh.ep_size
     return {
         "model": default_model.NAME,
@@ -246,10 +231,10 @@ def _expert_load(engine: Any) -> float:
     routers = [m for m in engine.module.modules() if isinstance(m, Router)]
     if not routers:
         return float("nan")
-    counts_LE = torch.stack([m.tokens_per_expert for m in routers])
+    counts_LE = torch.stack([cast(torch.Tensor, m.tokens_per_expert) for m in routers])
     dist.all_reduce(counts_LE)
     for router in routers:
-        router.tokens_per_expert.zero_()
+        cast(torch.Tensor, router.tokens_per_expert).zero_()
     means_L = counts_LE.double().mean(dim=1).clamp_min(1e-9)
     return float((counts_LE.amax(dim=1) / means_L).max())
 
@@ -276,35 +261,3 @@ def _device(config: RunConfig) -> torch.device:
 def _uses_bfloat16(config: RunConfig, device: torch.device) -> bool:
     precision = config.train.precision
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-
-
-def _follow_parent_into_death() -> None:
-    """Asks Linux to kill this rank when its launcher dies, so that no orphan keeps the GPUs."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-
-
-def _record_failure(run_folder: Path, rank: int, error: Exception) -> None:
-    record = {
-        "rank": rank,
-        "time": time.time(),
-        "type": type(error).__name__,
-        "message": str(error),
-        "hint": error.hint if isinstance(error, EpctlError) else None,
-        "known": isinstance(error, EpctlError),
-        "communication": isinstance(error, dist.DistError) or _looks_like_peer_loss(error),
-        "exit_code": exit_code_of(error),
-    }
-    path = run_folder / "logs" / f"failure-rank-{rank}.json"
-    path.write_text(json.dumps(record), encoding="utf-8")
-
-
-def _looks_like_peer_loss(error: Exception) -> bool:
-    """True for what gloo and NCCL raise on ranks whose peer has gone: a symptom, not a cause."""
-    text = str(error).lower()
-    signs = ("connection closed by peer", "connection reset", "broken pipe", "socket timeout")
-    return any(sign in text for sign in signs) or "read error" in text
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,31 @@
+"""Runs torchrun in this process and writes down which ranks failed and how.
+
+`python -m epctl.launch.agent RUN_FOLDER TORCHRUN_ARGUMENTS...`; torchrun itself would exit 1 for
+whatever a rank did, and say which only in prose.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+FILE_NAME = "failed-ranks.json"
+
+
+def main(run_folder: Path, arguments: list[str]) -> int:
+    """Returns 0, or 1 after writing `logs/failed-ranks.json` with each failed rank's exit code."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(arguments)
+    except ChildFailedError as error:
+        failed = {str(rank): failure.exitcode for rank, failure in error.failures.items()}
+        (run_folder / "logs" / FILE_NAME).write_text(json.dumps(failed), encoding="utf-8")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,41 @@
+"""The folder of a run: config with sources, DeepSpeed JSON, logs, metrics, curve, model."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from epctl.errors import ConfigError
+
+
+def choose_run_folder(output: str | None) -> Path:
+    """Returns where the run goes: as asked, or `runs/<date>-<time>`; never a used folder.
+
+    Raises ConfigError if the folder exists and is not empty.
+    """
+    if output is None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        base = Path("runs") / stamp
+        candidates = (base.with_name(f"{stamp}-{n}") if n else base for n in range(1000))
+        return next(path for path in candidates if not path.exists())
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"run folder `{folder}` exists and is not empty", hint="choose another `--output`"
+        )
+    return folder
+
+
+def create_run_folder(folder: Path) -> Path:
+    """Makes the folder and its `logs`; returns its absolute path.
+
+    Raises ConfigError, with the system's reason, if it cannot be made.
+    """
+    try:
+        (folder / "logs").mkdir(parents=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot create run folder `{folder}`: {reason}", hint="choose another `--output`"
+        ) from None
+    return folder.resolve()

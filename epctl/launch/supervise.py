@@ -1,0 +1,139 @@
+"""Starts a job, follows its events, forwards signals, and never leaves a rank behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from epctl.errors import ExitCode, LaunchError
+from epctl.launch.failure import explain_failure
+from epctl.output import Output
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 8.0
+
+
+class EventTail:
+    """Reads the lines that were appended to `metrics.jsonl` since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._position)
+            while (line := file.readline()).endswith(b"\n"):  # an unfinished line waits
+                self._position += len(line)
+                yield json.loads(line)
+
+
+class _Terminated(Exception):
+    """SIGTERM reached the launcher."""
+
+
+def run_job(
+    command: list[str],
+    environment: Mapping[str, str],
+    run_folder: Path,
+    on_event: Callable[[dict[str, Any]], None],
+    *,
+    verbose_to: Output | None = None,
+) -> None:
+    """Runs the job to its end, calling `on_event` for each event, in order.
+
+    Raises:
+        LaunchError: a rank failed (its own exit code), or SIGTERM arrived (143).
+        KeyboardInterrupt: Ctrl-C, after every rank is gone and staging folders are removed.
+    """
+    tail = EventTail(run_folder / "metrics.jsonl")
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    with (run_folder / "logs" / "launcher.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    follower = _LogFollower(run_folder / "logs" / "rank-0.log", verbose_to)
+    try:
+        while process.poll() is None:
+            _deliver(tail, on_event)
+            follower.show()
+            time.sleep(POLL_SECONDS)
+        _deliver(tail, on_event)
+        follower.show()
+    except _Terminated:
+        stop(process, run_folder)
+        raise LaunchError("terminated (SIGTERM)", exit_code=int(ExitCode.TERMINATED)) from None
+    except BaseException:
+        stop(process, run_folder)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if process.returncode != 0:
+        _remove_staging(run_folder)
+        raise explain_failure(run_folder)
+
+
+def _deliver(tail: EventTail, on_event: Callable[[dict[str, Any]], None]) -> None:
+    for event in tail:
+        on_event(event)
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def stop(process: subprocess.Popen[bytes], run_folder: Path) -> None:
+    """Ends the whole process group, politely first, and removes half-written folders."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    _signal_group(process, signal.SIGTERM)
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    _signal_group(process, signal.SIGKILL)  # ranks ask Linux to die with their launcher
+    process.wait()
+    _remove_staging(run_folder)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _remove_staging(run_folder: Path) -> None:
+    for path in run_folder.glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class _LogFollower:
+    """Copies rank 0's log to the screen as it grows; does nothing without an output."""
+
+    def __init__(self, path: Path, output: Output | None) -> None:
+        self.path = path
+        self.output = output
+        self._position = 0
+
+    def show(self) -> None:
+        if self.output is None or not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._position)
+            text = file.read()
+        self._position += len(text)
+        if text:
+            self.output.note(text.decode("utf-8", errors="replace").rstrip("\n"))

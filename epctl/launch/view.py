@@ -1,0 +1,194 @@
+"""What a person sees of a run: plan panel, progress, summary. Fed by events alone."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epctl.launch.chart import braille_chart, write_loss_png
+from epctl.output import Mode, Output, format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+
+Event = dict[str, Any]
+
+
+class RunView:
+    """Renders events as they come: a live bar on a terminal, a plain line a report elsewhere."""
+
+    def __init__(self, output: Output, run_folder: Path) -> None:
+        self.output = output
+        self.run_folder = run_folder
+        self.steps: list[Event] = []
+        self.evals: dict[str, float] = {}
+        self.samples: dict[str, Event] = {}
+        self.plan: Event = {}
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def __call__(self, event: Event) -> None:
+        self.output.record(event)
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def close(self) -> None:
+        """Stops the live bar, so that an error message starts on a clean line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _on_start(self, event: Event) -> None:
+        self.output.note(f"{event['ranks']} ranks are up, building the model")
+
+    def _on_plan(self, event: Event) -> None:
+        self.plan = event
+        self.output.panel(plan_panel(event))
+
+    def _on_eval(self, event: Event) -> None:
+        if event["when"] == "after":
+            self.close()
+        self.evals[event["when"]] = event["loss"]
+        self.output.note(f"held-out loss {event['when']} training: {event['loss']:.4f}")
+
+    def _on_sample(self, event: Event) -> None:
+        self.samples[event["when"]] = event
+
+    def _on_step(self, event: Event) -> None:
+        self.steps.append(event)
+        if not self.output.is_terminal:
+            self.output.note(step_line(event, self.plan["steps"]))
+        elif self.output.mode is Mode.HUMAN:
+            self._advance(event)
+
+    def _advance(self, event: Event) -> None:
+        if self._progress is None:
+            self._start_progress()
+        assert self._progress is not None
+        self._progress.update(self._task, completed=event["step"], facts=facts(event))
+
+    def _start_progress(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as TimeLeft
+
+        columns = ("step", MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[facts]}"))
+        console = self.output.console()
+        self._progress = Progress(*columns, TimeLeft(), console=console)
+        self._task = self._progress.add_task("", total=self.plan["steps"], facts="")
+        self._progress.start()
+
+    def _on_saved(self, event: Event) -> None:
+        self.output.note(
+            f"saved a Hugging Face folder: {format_bytes(event['bytes'])} in "
+            f"{format_seconds(event['seconds'])}"
+        )
+
+    def _on_done(self, event: Event) -> None:
+        self.close()
+        steps = [step["step"] for step in self.steps]
+        losses = [step["loss"] for step in self.steps]
+        held_out = _held_out_points(self.evals, steps[-1])
+        title = f"{self.plan['model']}, ep {self.plan['ep']}, ZeRO-{self.plan['zero']}"
+        write_loss_png(self.run_folder / "loss.png", steps, losses, held_out, title)
+        if self.output.mode is Mode.HUMAN:
+            self._summary(event, steps, losses)
+
+    def _summary(self, event: Event, steps: list[int], losses: list[float]) -> None:
+        self.output.text("\ntraining loss\n" + braille_chart(steps, losses))
+        for when in ("before", "after"):
+            if when in self.samples:
+                self.output.text(f"\nsample {when} training:\n" + sample_text(self.samples[when]))
+        before, after = self.evals["before"], self.evals["after"]
+        mean_rate = sum(s["tokens_per_second"] for s in self.steps) / len(self.steps)
+        self.output.text(
+            f"\nheld-out loss {before:.4f} -> {after:.4f} "
+            f"({format_count(self.steps[-1]['tokens'])} tokens, {mean_rate:,.0f} tokens/s, "
+            f"{format_seconds(event['seconds'])} in all)\n"
+            f"run folder  {self.run_folder}\n"
+            f"curve       {self.run_folder / 'loss.png'}"
+        )
+        if (self.run_folder / "model").exists():
+            self.output.text(f"model       {self.run_folder / 'model'} (loads in transformers)")
+
+
+def _held_out_points(evals: dict[str, float], last_step: int) -> list[tuple[float, float]]:
+    places = {"before": 0.0, "after": float(last_step)}
+    return [(places[when], loss) for when, loss in evals.items()]
+
+
+def facts(event: Event) -> str:
+    """Returns what a report says besides the step: loss, speed, memory, expert load."""
+    return (
+        f"loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s  "
+        f"{event['seconds_per_step']:.2f} s/step  norm {event['grad_norm']:.2f}  "
+        f"{format_bytes(event['memory_bytes'])}  load {event['expert_load']:.1f}x"
+    )
+
+
+def step_line(event: Event, num_steps: int) -> str:
+    """Returns the plain line of a report, for logs and pipes."""
+    left = (num_steps - event["step"]) * event["seconds_per_step"]
+    width = len(str(num_steps))
+    step = f"{event['step']:>{width}}/{num_steps}"
+    return f"step {step}  {facts(event)}  {format_seconds(left)} left"
+
+
+def sample_text(event: Event) -> str:
+    """Returns prompt and continuation, control characters shown, indented."""
+    visible = "".join(
+        c if c.isprintable() or c == "\n" else "\N{MIDDLE DOT}" for c in event["text"]
+    )
+    return textwrap.indent(f"{event['prompt']}[...]{visible}", "    ")
+
+
+def plan_panel(event: Event) -> Table:
+    """Returns the plan as a table: model, layout of ranks, who optimises what, counted bytes."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"epctl train: {event['model']}", box=box.ROUNDED, show_header=False, title_style=""
+    )
+    for name, value in _plan_rows(event):
+        table.add_row(name, value)
+    return table
+
+
+def _plan_rows(event: Event) -> list[tuple[str, str]]:
+    bytes_total = (
+        event["bytes_parameters"] + event["bytes_masters"] + event["bytes_optimizer_state"]
+    )
+    return [
+        (
+            "model",
+            f"{event['architecture']}, {event['num_layers']} layers, "
+            f"{event['num_experts']} experts, top-{event['top_k']}, "
+            f"route scale {event['route_scale']}",
+        ),
+        (
+            "parallel",
+            f"{event['num_ranks']} {event['device']} ranks ({event['backend']}), "
+            f"ep {event['ep']} x edp {event['edp']}, ZeRO-{event['zero']}, {event['dtype']}",
+        ),
+        ("parameters", f"{format_count(event['num_parameters'])} in all"),
+        (
+            "on each rank",
+            f"{event['num_local_experts']} experts a layer "
+            f"({format_count(event['num_expert_parameters_rank'])} parameters)",
+        ),
+        (
+            "Muon",
+            f"{format_count(event['num_muon'])} parameters in "
+            f"{event['num_muon_matrices']:,} matrices",
+        ),
+        ("AdamW", f"{format_count(event['num_adamw'])} parameters"),
+        (
+            "state a rank",
+            f"{format_bytes(bytes_total)}: parameters {format_bytes(event['bytes_parameters'])}, "
+            f"masters {format_bytes(event['bytes_masters'])}, "
+            f"optimizer {format_bytes(event['bytes_optimizer_state'])} (counted)",
+        ),
+    ]

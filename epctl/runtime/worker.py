@@ -1,0 +1,70 @@
+"""What torchrun starts on every rank: `python -m epctl.runtime.worker RUN_FOLDER`.
+
+Sends the rank's output to its own log before anything noisy is imported, runs the trainer, and
+leaves a record of a failure that the launcher can explain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from epctl.errors import EpctlError, exit_code_of
+
+# What gloo and NCCL say on ranks whose peer has gone: a symptom of another rank's failure.
+PEER_LOSS = ("connection closed by peer", "connection reset", "broken pipe", "read error")
+
+
+def main(run_folder: Path) -> int:
+    """Trains; returns the exit code. A failure leaves `logs/failure-rank-K.json`."""
+    rank = int(os.environ["RANK"])
+    _log_to_file(run_folder / "logs" / f"rank-{rank}.log")
+    _follow_parent_into_death()
+    try:
+        from epctl.runtime.train import train
+
+        train(run_folder)
+    except Exception as error:
+        traceback.print_exc()
+        record_failure(run_folder, rank, error)
+        return exit_code_of(error)
+    return 0
+
+
+def record_failure(run_folder: Path, rank: int, error: Exception) -> None:
+    """Writes what the launcher needs to name the first failing rank and its reason."""
+    record = {
+        "rank": rank,
+        "time": time.time(),
+        "type": type(error).__name__,
+        "message": str(error),
+        "hint": error.hint if isinstance(error, EpctlError) else None,
+        "known": isinstance(error, EpctlError),
+        "peer_lost": any(sign in str(error).lower() for sign in PEER_LOSS),
+        "exit_code": exit_code_of(error),
+    }
+    path = run_folder / "logs" / f"failure-rank-{rank}.json"
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def _log_to_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _follow_parent_into_death() -> None:
+    """Asks Linux to kill this rank when its launcher dies, so that no orphan keeps the GPUs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,133 @@
+"""Ranks of the parity tests: many (EP, ZeRO, optimizer) cases in one process group.
+
+Called as `python -m parity_ranks FOLDER CASES_JSON`; rank K writes `rank-K.json` with losses and
+norms of every case, rank 0 and the ranks of its ep group write the weights after training.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from epctl.config import RunConfig, resolve_config
+from epctl.launch.ds_config import deepspeed_config
+from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.build import build_model
+from epctl.runtime.checkpoint import save_model
+from epctl.runtime.engine import create_engine, train_step
+from epctl.runtime.weights import RandomWeights
+
+NUM_STEPS = 4
+GLOBAL_BATCH = 8
+
+
+def tiny_config(**changes: Any) -> Any:
+    from transformers import DeepseekV3Config
+
+    values = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_shared_experts": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.446,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_nextn_predict_layers": 0,
+        "pad_token_id": None,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **changes,
+    }
+    return DeepseekV3Config(**values)
+
+
+def case_config(case: dict[str, Any], num_ranks: int) -> RunConfig:
+    accumulation = case.get("accumulation", 1)
+    flags = {
+        "parallel.ep": case["ep"],
+        "parallel.zero": case["zero"],
+        "optim.name": case.get("optim", "muon"),
+        "optim.lr": 2e-3,
+        "optim.gradient_clipping": case.get("clipping", 0.5),
+        "optim.schedule": "linear",
+        "optim.warmup_steps": 1,
+        "train.steps": NUM_STEPS,
+        "train.micro_batch_size": GLOBAL_BATCH // num_ranks // accumulation,
+        "train.gradient_accumulation_steps": accumulation,
+        "moe.implementation": case.get("moe", "epctl"),
+        **case.get("flags", {}),
+    }
+    return resolve_config(flags=flags).config
+
+
+def global_batch(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randint(0, 64, (GLOBAL_BATCH, 24), generator=generator)
+
+
+def rank_batches(step: int, config: RunConfig) -> list[torch.Tensor]:
+    """This rank's micro-batches of the step; together all ranks and micro-steps see the batch."""
+    share = global_batch(step).chunk(dist.get_world_size())[dist.get_rank()]
+    return list(share.chunk(config.train.gradient_accumulation_steps))
+
+
+def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    config = case_config(case, dist.get_world_size())
+    mesh = seams.create_mesh(config.parallel.ep)
+    ds_config = deepspeed_config(config, bfloat16=False, on_cpu=True)
+    ds_config["zero_optimization"] |= case.get("zero_options", {})
+    swap = config.moe.implementation == "epctl"
+    model = build_model(
+        tiny_config(**case.get("model", {})),
+        mesh,
+        RandomWeights(seed=1, std=0.08),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        zero3_config=ds_config if config.parallel.zero == 3 and swap else None,
+        swap=swap,
+    )
+    engine, _, scheduler = create_engine(model, config, ds_config)
+    losses, norms = [], []
+    for step in range(NUM_STEPS):
+        loss, norm = train_step(engine, scheduler, rank_batches(step, config), config, mesh)
+        losses.append(loss)
+        norms.append(norm)
+    save_model(engine.module, mesh, folder / case["name"], lambda staging: None)
+    engine.destroy()
+    return {"losses": losses, "norms": norms}
+
+
+def main(folder: Path, cases: list[dict[str, Any]]) -> None:
+    seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
+    results = {}
+    for case in cases:
+        results[case["name"]] = run_case(case, folder)
+        gc.collect()
+    path = folder / f"rank-{os.environ['RANK']}.json"
+    path.write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
