@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from epctl.kernels import grouped_gemm as gemm
+from epctl.kernels import weight_gradient
 from epctl.kernels.permute import (
     RoutingTables,
     combine,
@@ -94,14 +95,14 @@ def _moe_backward(
     )
     dweights_TK = gather_weight_gradient(partial_PN, sorted_order.row_of_pair_N, weights_TK.shape)
     # Each temporary dies before the next large gradient is made: the order is the peak memory.
-    dw2_EDI = gemm.down_weight_gradient(
+    dw2_EDI = weight_gradient.down_weight_gradient(
         dy_TD, a_NI, w2_EDI, sorted_order, top_k, tiles.down_weight_gradient
     )
     del a_NI, partial_PN
     dx_ND = gemm.input_gradient(h, w1_EID, w3_EID, sorted_order, tiles.input_gradient)
     dx_TD = combine(dx_ND, sorted_order.row_of_pair_N, None, top_k)
     del dx_ND
-    dw1_EID, dw3_EID = gemm.gate_up_weight_gradient(
+    dw1_EID, dw3_EID = weight_gradient.gate_up_weight_gradient(
         h, x_TD, w1_EID, sorted_order, top_k, tiles.gate_up_weight_gradient
     )
     return dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI

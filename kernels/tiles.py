@@ -12,7 +12,14 @@ import torch
 
 
 class Tile(NamedTuple):
-    """One grouped GEMM's launch: block sizes, and tiles of rows that share weights in the cache."""
+    """One grouped GEMM's launch.
+
+    Attributes:
+        group_m: row tiles that are walked together, so that they share weights in the cache.
+        tma_store: whether whole tiles leave by TMA.
+        max_registers: a cap for each thread, so that two programs fit on one multiprocessor.
+        slice_n: columns that the SwiGLU backward works on at a time, to fit in registers.
+    """
 
     block_m: int
     block_n: int
@@ -20,6 +27,9 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     group_m: int = 8
+    tma_store: bool = False
+    max_registers: int | None = None
+    slice_n: int = 64
 
 
 class TileTable(NamedTuple):
