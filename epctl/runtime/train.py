@@ -196,7 +196,8 @@ def _plan(
     state = count_state_bytes(engine, optimizer)
     sizes = {"expert": 0, "dense": 0}
     for tensor in hub_tensors(engine.module):
-        sizes["expert" if tensor.is_expert else "dense"] += tensor.num_elements
+        if isinstance(tensor.tensor, torch.nn.Parameter):  # the correction bias is a buffer
+            sizes["expert" if tensor.is_expert else "dense"] += tensor.num_elements
     total = sizes["dense"] + sizes["expert"] * mesh.ep_size
     return {
         "model": default_model.NAME,

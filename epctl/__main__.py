@@ -1,0 +1,5 @@
+"""`python -m epctl` is the `epctl` command."""
+
+from epctl.cli import main
+
+main()

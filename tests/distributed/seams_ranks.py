@@ -1,0 +1,209 @@
+"""Ranks of the seam tests: what epctl assumes of DeepSpeed 0.19.8, asked of the live engine."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from parity_ranks import case_config, rank_batches, tiny_config
+from torch import nn
+
+from epctl.errors import ConfigError, ResourceError
+from epctl.launch.ds_config import deepspeed_config
+from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.build import build_model
+from epctl.runtime.checkpoint import save_model
+from epctl.runtime.engine import create_engine, train_step
+from epctl.runtime.moe import ExpertParallelMoE
+from epctl.runtime.names import hub_tensors
+from epctl.runtime.weights import RandomWeights
+
+CPU = torch.device("cpu")
+
+
+def make(zero: int, ep: int, **case: Any) -> tuple[Any, Any, Any, Any, Any]:
+    config = case_config({"zero": zero, "ep": ep, **case}, dist.get_world_size())
+    mesh = seams.create_mesh(ep)
+    ds_config = deepspeed_config(config, bfloat16=False, on_cpu=True)
+    model = build_model(
+        tiny_config(),
+        mesh,
+        RandomWeights(seed=1, std=0.08),
+        dtype=torch.float32,
+        device=CPU,
+        zero3_config=ds_config if zero == 3 else None,
+    )
+    engine, optimizer, scheduler = create_engine(model, config, ds_config)
+    return config, mesh, engine, optimizer, scheduler
+
+
+def no_shared_memory_build() -> bool:
+    """initialize_distributed must not have built the JIT op (a minute, and a compiler)."""
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    return not folder.exists() or not any(folder.rglob("*shm*"))
+
+
+def groups() -> dict[str, Any]:
+    result = {}
+    for ep in (1, 2, 4):
+        mesh = seams.create_mesh(ep)
+        result[str(ep)] = {
+            "ep": dist.get_process_group_ranks(mesh.ep_group),
+            "edp": dist.get_process_group_ranks(mesh.edp_group),
+            "ep_rank": mesh.ep_rank,
+            "edp_rank": mesh.edp_rank,
+        }
+    try:
+        seams.create_mesh(3)
+    except ConfigError as error:
+        result["illegal"] = error.message
+    return result
+
+
+def engine_finds_layer(zero: int) -> dict[str, Any]:
+    _, mesh, engine, _, _ = make(zero, 2)
+    layers = [m for m in engine.module.modules() if isinstance(m, ExpertParallelMoE)]
+    result = {
+        "has_moe_layers": engine.has_moe_layers,
+        "num_experts": list(engine.num_experts),
+        "group_is_group": all(isinstance(m.ep_group, dist.ProcessGroup) for m in layers),
+        "group_size": dist.get_world_size(layers[0].ep_group),
+        "same_group": layers[0].ep_group is mesh.ep_group,
+    }
+    engine.destroy()
+    return result
+
+
+def partitions_cover_everything(zero: int) -> dict[str, Any]:
+    """Each element of each Parameter is held once a group, and the flat tensor holds its value."""
+    _, mesh, engine, _, _ = make(zero, 2)
+    values = {}
+    for parameter in engine.module.parameters():
+        with seams.full_parameters([parameter]):
+            values[id(parameter)] = parameter.detach().clone().flatten()
+    held: dict[int, int] = {}
+    mismatches = 0
+    for partition in seams.flat_partitions(engine):
+        for rank, fragments in enumerate(partition.fragments_by_rank):
+            for fragment in fragments:
+                key = id(fragment.parameter)
+                held[key] = held.get(key, 0) + fragment.num_elements
+                if rank != partition.group_rank:
+                    continue
+                seen = partition.flat.view(-1)[fragment.offset :][: fragment.num_elements]
+                expected = values[key][fragment.start :][: fragment.num_elements]
+                mismatches += int(not torch.equal(seen, expected))
+    numel = {id(p): seams.full_shape(p).numel() for p in engine.module.parameters()}
+    engine.destroy()
+    return {"complete": held == numel, "mismatches": mismatches}
+
+
+def rates_follow_schedule(zero: int) -> dict[str, Any]:
+    """With a rate of zero nothing moves; with a positive one experts and dense weights do."""
+    config, _, engine, optimizer, scheduler = make(zero, 2)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = snapshot(engine)
+    train_step(engine, scheduler, rank_batches(0, config), config, seams.create_mesh(2))
+    still = moved(before, snapshot(engine))
+    rates = [group["lr"] / group["initial_lr"] for group in optimizer.param_groups]
+    before = snapshot(engine)
+    train_step(engine, scheduler, rank_batches(1, config), config, seams.create_mesh(2))
+    after = moved(before, snapshot(engine))
+    kinds = sorted({bool(group.get("moe")) for group in optimizer.param_groups})
+    engine.destroy()
+    return {"still": still, "moved": after, "rates": rates, "kinds": kinds}
+
+
+def snapshot(engine: Any) -> dict[str, torch.Tensor]:
+    result = {}
+    for tensor in hub_tensors(engine.module):
+        if isinstance(tensor.tensor, nn.Parameter):
+            with seams.full_parameters([tensor.tensor]):
+                result[tensor.name] = tensor.local().detach().clone()
+    return result
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, int]:
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    experts = sum(".experts." in name and "shared" not in name for name in changed)
+    return {"experts": experts, "dense": len(changed) - experts}
+
+
+def state_exists_before_first_step(zero: int) -> bool:
+    _, _, engine, optimizer, _ = make(zero, 2, optim="adamw")
+    flats = [partition.flat for partition in seams.flat_partitions(engine)]
+    complete = all({"exp_avg", "exp_avg_sq", "step"} <= optimizer.state[f].keys() for f in flats)
+    engine.destroy()
+    return complete
+
+
+def deepspeed_save_and_load(zero: int, folder: Path) -> dict[str, float]:
+    """DeepSpeed's own checkpoint keeps the next loss: our marks are what its save wants."""
+    config, mesh, engine, _, scheduler = make(zero, 2)
+    for step in range(2):
+        train_step(engine, scheduler, rank_batches(step, config), config, mesh)
+    engine.save_checkpoint(str(folder))
+    unbroken, _ = train_step(engine, scheduler, rank_batches(2, config), config, mesh)
+    unbroken, _ = train_step(engine, scheduler, rank_batches(3, config), config, mesh)
+    engine.destroy()
+    config, mesh, engine, _, scheduler = make(zero, 2)
+    engine.load_checkpoint(str(folder))
+    for _ in range(2):
+        scheduler.step()
+    train_step(engine, scheduler, rank_batches(2, config), config, mesh)
+    resumed, _ = train_step(engine, scheduler, rank_batches(3, config), config, mesh)
+    engine.destroy()
+    return {"unbroken": unbroken, "resumed": resumed}
+
+
+def failed_save(folder: Path) -> dict[str, Any]:
+    """One rank cannot write (file size limit): all ranks raise, nothing is left behind."""
+    _, mesh, engine, _, _ = make(3, 2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if mesh.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    message = ""
+    try:
+        save_model(engine.module, mesh, folder / "model", lambda staging: None)
+    except ResourceError as error:
+        message = error.message
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    left = sorted(path.name for path in folder.glob("model*"))
+    engine.destroy()
+    return {"message": message, "left": left}
+
+
+def main(folder: Path) -> None:
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
+    seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
+    result: dict[str, Any] = {"no_build": no_shared_memory_build(), "groups": groups()}
+    result["version"] = deepspeed.__version__
+    for zero in (1, 2, 3):
+        result[f"layer{zero}"] = engine_finds_layer(zero)
+        result[f"rates{zero}"] = rates_follow_schedule(zero)
+        result[f"state{zero}"] = state_exists_before_first_step(zero)
+        result[f"save{zero}"] = deepspeed_save_and_load(zero, folder / f"deepspeed{zero}")
+    for zero in (0, 1, 2, 3):
+        result[f"partitions{zero}"] = partitions_cover_everything(zero)
+    result["failed_save"] = failed_save(folder)
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    tempfile.tempdir = sys.argv[1]
+    main(Path(sys.argv[1]))

@@ -1,0 +1,92 @@
+"""One test a seam: what epctl leans on inside DeepSpeed, asked of the installed version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+Ranks = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("seams")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Ranks:
+    return run_ranks("seams_ranks", 4, folder)
+
+
+def test_distributed_start_builds_no_shared_memory_op(ranks: Ranks) -> None:
+    assert all(rank["no_build"] for rank in ranks)
+
+
+def test_ep_groups_are_consecutive_and_edp_groups_strided(ranks: Ranks) -> None:
+    assert ranks[3]["groups"]["2"] == {"ep": [2, 3], "edp": [1, 3], "ep_rank": 1, "edp_rank": 1}
+    assert ranks[3]["groups"]["4"] == {
+        "ep": [0, 1, 2, 3],
+        "edp": [3],
+        "ep_rank": 3,
+        "edp_rank": 0,
+    }
+    assert ranks[3]["groups"]["1"]["edp"] == [0, 1, 2, 3]
+
+
+def test_ep_size_that_does_not_divide_the_ranks_is_refused(ranks: Ranks) -> None:
+    message = "expert parallel size 3 does not divide the 4 ranks"
+    assert ranks[0]["groups"]["illegal"] == message
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_engine_finds_the_layer_and_binds_a_real_process_group(ranks: Ranks, zero: int) -> None:
+    assert ranks[0][f"layer{zero}"] == {
+        "has_moe_layers": True,
+        "num_experts": [8, 8],
+        "group_is_group": True,
+        "group_size": 2,
+        "same_group": True,
+    }
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_flat_partitions_cover_each_element_once(ranks: Ranks, zero: int) -> None:
+    for rank in ranks:
+        assert rank[f"partitions{zero}"] == {"complete": True, "mismatches": 0}
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_fault_expert_parameters_not_following_the_schedule(ranks: Ranks, zero: int) -> None:
+    """AutoEP's experts once kept their first learning rate for ever."""
+    for rank in ranks:
+        rates = rank[f"rates{zero}"]
+        assert rates["kinds"] == [False, True]
+        assert rates["still"] == {"experts": 0, "dense": 0}
+        # w1, w3 and w2 of two layers with four local experts, except any that saw no token
+        assert rates["moved"]["experts"] >= 20
+        assert rates["moved"]["dense"] > 20
+        assert len({round(rate, 9) for rate in rates["rates"]}) == 1
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_optimizer_state_exists_on_every_rank_before_the_first_step(
+    ranks: Ranks, zero: int
+) -> None:
+    assert all(rank[f"state{zero}"] for rank in ranks)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_deepspeeds_own_checkpoint_keeps_the_next_loss(ranks: Ranks, zero: int) -> None:
+    for rank in ranks:
+        assert rank[f"save{zero}"]["resumed"] == rank[f"save{zero}"]["unbroken"]
+
+
+def test_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert rank["failed_save"]["message"].startswith("checkpoint not written: cannot write")
+        assert rank["failed_save"]["left"] == []
