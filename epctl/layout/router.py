@@ -1,0 +1,99 @@
+"""The router: its tensors out of the table, its arithmetic out of the family and the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from epctl.layout.experts import ExpertStack, Groups, Tensors
+from epctl.layout.facts import ConfigFacts
+from epctl.layout.families import Family, FamilyNames
+from epctl.layout.model import RouterLayout
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
+Reasons = dict[str, str]
+
+
+def present_name(
+    stack: ExpertStack, groups: Groups, alternatives: Sequence[str | None]
+) -> str | None:
+    """Returns the first of the names, relative to the layer prefix, that has a tensor."""
+    return next(
+        (name for name in alternatives if name and f"{stack.prefix}.{name}" in groups), None
+    )
+
+
+def namings(stack: ExpertStack, family: Family | None) -> list[FamilyNames]:
+    """Returns the matched naming, then the family's others."""
+    others = family.names if family else ()
+    return [stack.names, *(names for names in others if names != stack.names)]
+
+
+def build_router(
+    stack: ExpertStack,
+    family: Family | None,
+    facts: ConfigFacts,
+    groups: Groups,
+    tensors: Tensors,
+    reasons: Reasons,
+) -> RouterLayout:
+    """Returns the router of a stack; each fact's reason goes into `reasons`."""
+    known = namings(stack, family)
+    weight = present_name(stack, groups, [names.router for names in known])
+    linear_bias = present_name(stack, groups, [names.router_bias for names in known])
+    correction = present_name(stack, groups, [names.correction_bias for names in known])
+    num_outputs = None
+    if weight is not None:
+        example = groups[f"{stack.prefix}.{weight}"].names[0]
+        num_outputs = tensors[example].shape[0]
+        reasons["moe.router.weight"] = f"tensor `{example}` {list(tensors[example].shape)}"
+    if correction is not None:
+        example = groups[f"{stack.prefix}.{correction}"].names[0]
+        reasons["moe.router.correction_bias"] = f"tensor `{example}`"
+    rule = family.router if family and family.router else {}
+    values = {key: _resolve(key, spec, family, facts, reasons) for key, spec in rule.items()}
+    if not rule:
+        reasons["moe.router.score_func"] = "no family states the routing rule of this model_type"
+    return RouterLayout(
+        weight=weight,
+        linear_bias=linear_bias,
+        correction_bias=correction,
+        num_outputs=num_outputs,
+        score_func=values.get("score_func"),
+        normalize=None if values.get("normalize") is None else bool(values["normalize"]),
+        scale=None if values.get("scale") is None else float(values["scale"]),
+        num_groups=_count(values.get("num_groups")),
+        top_groups=_count(values.get("top_groups")),
+        group_score=values.get("group_score"),
+        correction_bias_is_parameter=bool(values.get("correction_bias_is_parameter", False)),
+        score_after_selection=bool(values.get("score_after_selection", False)),
+        selection=values.get("selection", "top_k"),
+        normalize_epsilon=float(values.get("normalize_epsilon", 0.0)),
+        scale_on=values.get("scale_on", "weight"),
+        weight_on=values.get("weight_on", "expert_output"),
+        float32=bool(values.get("float32", False)),
+    )
+
+
+def _count(value: Any) -> int:
+    # Null, and the `false` of one published config, both say: no groups.
+    return value if type(value) is int and value > 0 else 1
+
+
+def _resolve(
+    key: str, spec: Any, family: Family | None, facts: ConfigFacts, reasons: Reasons
+) -> Any:
+    """Returns a literal, or what the config says, or the family's default; records why."""
+    title = family.name if family else "generic"
+    path = f"moe.router.{key}"
+    if not isinstance(spec, Mapping):
+        reasons[path] = f"rule of the {title} family"
+        return spec
+    value, reason = facts.look_up(spec["config"])
+    if reason is not None and (key != "score_func" or value in SCORE_FUNCTIONS):
+        reasons[path] = reason
+        return value
+    default = spec.get("default")
+    odd = f"; {reason} names no score function" if reason is not None else ""
+    reasons[path] = f"default of the {title} family{odd}"
+    return default
