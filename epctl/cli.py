@@ -133,6 +133,31 @@ def train(
     run_train(resolved, out, dry_run=dry_run, verbose=verbose)
 
 
+@app.command(
+    epilog=examples(
+        "epctl inspect moonshotai/Moonlight-16B-A3B",
+        "epctl inspect ./model --json",
+        "epctl inspect Qwen/Qwen3-30B-A3B --tensors --filter 'model.layers.0.*'",
+        "epctl inspect deepseek-ai/DeepSeek-V3 --tree",
+    )
+)
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id (`org/name@revision`) or a folder.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors.")] = False,
+    pattern: Annotated[
+        str | None, typer.Option("--filter", help="With --tensors: a part of the name, or a glob.")
+    ] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Show the module tree, folded.")] = False,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show layout, parameters, router facts and parallel sizes, from headers alone."""
+    from epctl.layout.command import inspect as run_inspect
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_inspect(model, tensors=tensors, pattern=pattern, tree=tree)
+
+
 def main() -> None:
     """Runs the command line; the console script `epctl` points here."""
     app()
