@@ -44,7 +44,8 @@ def test_help_is_fast_and_never_loads_torch() -> None:
         "from epctl.cli import app\n"
         "try: app(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'deepspeed', 'transformers', 'triton', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'triton', 'matplotlib'}\n"
+        "heavy &= set(sys.modules)\n"
         "print('HEAVY', sorted(heavy), file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -165,13 +166,9 @@ def exit_code_of_command(error: BaseException) -> int:
 def test_dry_run_shows_sources_and_touches_nothing(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[optim]\nlr = 0.005\nschedule = 'wsd'\n[train]\nsteps = 7\n")
-    result = subprocess.run(
-        [sys.executable, "-m", "epctl", "train", "--ep=4", f"--config={file}", "--dry-run"]
-        + ["--set", "optim.lr=0.003", "--json", "--device=cpu"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    flags = ["--ep=4", f"--config={file}", "--dry-run", "--json", "--device=cpu"]
+    command = [sys.executable, "-m", "epctl", "train", *flags, "--set", "optim.lr=0.003"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     document: dict[str, Any] = json.loads(result.stdout)
     assert document["config"]["optim.lr"] == {"value": 0.003, "source": "--set"}

@@ -86,7 +86,7 @@ def engine_finds_layer(zero: int) -> dict[str, Any]:
 
 def partitions_cover_everything(zero: int) -> dict[str, Any]:
     """Each element of each Parameter is held once a group, and the flat tensor holds its value."""
-    _, mesh, engine, _, _ = make(zero, 2)
+    _, _, engine, _, _ = make(zero, 2)
     values = {}
     for parameter in engine.module.parameters():
         with seams.full_parameters([parameter]):

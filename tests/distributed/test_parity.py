@@ -129,7 +129,7 @@ def test_training_moves_every_weight(results: dict[int, tuple[list[Any], Path]])
 
 def test_clipping_acts(results: dict[int, tuple[list[Any], Path]]) -> None:
     """Raw norms are above the bound of 0.5, so runs with and without clipping must part."""
-    ranks, folder = results[1]
+    ranks, _ = results[1]
     assert min(ranks[0]["muon-zero1-ep1"]["norms"]) > 0.5
     clipped = ranks[0]["muon-zero1-ep1"]["losses"]
     assert clipped != ranks[0]["muon-zero1-ep1-clipping0.0"]["losses"]

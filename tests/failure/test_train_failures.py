@@ -78,7 +78,7 @@ def endless(tmp_path: Path) -> Iterator[Run]:
 
 
 def assert_nothing_left(run: Run, ranks: dict[int, psutil.Process]) -> None:
-    gone, alive = psutil.wait_procs(list(ranks.values()), timeout=5)
+    _, alive = psutil.wait_procs(list(ranks.values()), timeout=5)
     assert not alive
     assert not list(run.folder.glob("*.tmp"))
     assert not (run.folder / "model").exists()
@@ -133,7 +133,7 @@ def test_disk_too_small_for_the_checkpoint_is_refused_before_training(tmp_path: 
         pytest.skip("mounting a small tmpfs needs root")
     try:
         run = Run(disk / "run", "--ep=1", "--zero=1", *SMALL, "--steps=1")
-        stdout, stderr = run.process.communicate(timeout=SECONDS_TO_STEP)
+        _, stderr = run.process.communicate(timeout=SECONDS_TO_STEP)
         assert run.process.returncode == 6
         assert "error: the final checkpoint needs 16." in stderr
         assert "has 1." in stderr
