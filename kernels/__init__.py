@@ -4,5 +4,6 @@ Installed as `epctl.kernels`. Nothing here imports the rest of epctl, and nothin
 """
 
 from epctl.kernels.dispatch import Choice, choose_implementation, moe_mlp, route
+from epctl.kernels.router_logits import router_logits
 
-__all__ = ["Choice", "choose_implementation", "moe_mlp", "route"]
+__all__ = ["Choice", "choose_implementation", "moe_mlp", "route", "router_logits"]

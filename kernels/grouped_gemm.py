@@ -21,6 +21,7 @@ from epctl.kernels.tile_access import (
     load_columns,
     load_tile,
     load_window,
+    prefetch_tile,
     store_tile,
     store_window,
     tile_pointers,
@@ -321,6 +322,7 @@ def _down_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SLICE: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     tile_m, tile_n = tile_position(max_tiles, tl.cdiv(INTERMEDIATE, BLOCK_N), GROUP_M)
     if tile_m >= tl.load(num_tiles_ptr):
@@ -334,6 +336,12 @@ def _down_backward_kernel(
     dy_at = dy_ptr + (pair // TOP_K).to(tl.int64)[:, None] * HIDDEN
     first = expert * HIDDEN
     column = tile_n * BLOCK_N
+    if PREFETCH:
+        # The epilogue needs H; its way from memory is hidden behind the products.
+        prefetch_tile(h_ptr, row, column, row_end, 2 * INTERMEDIATE, BLOCK_M, BLOCK_N)
+        prefetch_tile(
+            h_ptr, row, column + INTERMEDIATE, row_end, 2 * INTERMEDIATE, BLOCK_M, BLOCK_N
+        )
     da = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, HIDDEN, BLOCK_K):
         dy = load_columns(dy_at, k, HIDDEN, BLOCK_K)
@@ -528,6 +536,7 @@ def down_backward(
         INTERMEDIATE=intermediate,
         TOP_K=weights_TK.shape[-1],
         SLICE=width,
+        PREFETCH=tile.prefetch and h.is_cuda,
         **launch_options(tile, use_tma, h.dtype),
     )
     return a_NI, partial_PN

@@ -19,6 +19,7 @@ class Tile(NamedTuple):
         tma_store: whether whole tiles leave by TMA.
         max_registers: a cap for each thread, so that two programs fit on one multiprocessor.
         slice_n: columns that the SwiGLU backward works on at a time, to fit in registers.
+        prefetch: whether the SwiGLU backward asks for H before the products start.
     """
 
     block_m: int
@@ -30,6 +31,7 @@ class Tile(NamedTuple):
     tma_store: bool = False
     max_registers: int | None = None
     slice_n: int = 64
+    prefetch: bool = False
 
 
 class TileTable(NamedTuple):
