@@ -191,6 +191,9 @@ class _Detector:
         family = self.family
         router = build_router(stack, family, facts, self.groups, self.tensors, reasons)
         top_k = facts.get_int("top_k")
+        if top_k is not None and not 1 <= top_k <= num_experts:
+            self.warnings.append(f"{facts.reasons['top_k']} is no count of {num_experts} experts")
+            top_k = None
         reasons["moe.top_k"] = facts.reasons.get("top_k", "the config does not say")
         varied = len(set(counts.values())) > 1
         return MoELayout(
@@ -279,7 +282,7 @@ class _Detector:
                 for key, name in names.shared.items()
                 if f"{stack.prefix}.{name}" in self.groups
             }
-            if "down" in found:
+            if found and len(found) == len(names.shared):
                 example = self.groups[f"{stack.prefix}.{found['down']}"].names[0]
                 shape = self.tensors[example].shape
                 width = shape[-1] * (shape[0] if len(shape) == 3 else 1)
