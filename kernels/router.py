@@ -211,7 +211,7 @@ def _route_backward_kernel(
     if SCORE == SIGMOID or SCORE == TOPK_SIGMOID:  # noqa: SIM109
         dchosen = dweights * weights * (1.0 - weights)
     elif SCORE == SQRT_SOFTPLUS:
-        dchosen = dweights * tl.sigmoid(chosen) / (2.0 * weights)
+        dchosen = dweights * tl.sigmoid(chosen) / (2.0 * tl.where(used, weights, 1.0))
     elif SCORE == TOPK_SOFTMAX:
         dchosen = weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None])
     else:
