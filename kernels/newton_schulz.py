@@ -129,7 +129,7 @@ def orthogonalize(
     method: Method = "auto",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns the approximate orthogonal polar factor of each matrix, float32, same shape.
+    """Returns the approximate orthogonal polar factor of each matrix, float32, contiguous.
 
     Each matrix is normalised in float32 before any cast. An exactly zero matrix stays zero, and
     every finite input gives a finite result, rank one and 1e-30 included.
@@ -156,7 +156,7 @@ def orthogonalize(
     tall = work_BMN.shape[-2] > work_BMN.shape[-1]
     work_BRL = work_BMN.mT if tall else work_BMN
     work_BRL = (_gram if method == "gram" else _standard)(work_BRL, rows)
-    return (work_BRL.mT if tall else work_BRL).float()
+    return (work_BRL.mT if tall else work_BRL).float().contiguous()
 
 
 def _standard(x_BRL: Tensor, rows: Coefficients) -> Tensor:

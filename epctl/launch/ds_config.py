@@ -22,6 +22,8 @@ def deepspeed_config(
         zero |= {"stage3_param_persistence_threshold": 10_000}
         if on_cpu:
             zero |= {"stage3_prefetch_bucket_size": 2**22}
+    if config.optim.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
@@ -33,7 +35,7 @@ def deepspeed_config(
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if bfloat16 and stage >= 2:
+    if bfloat16 and _accumulates_in_float32(config):
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.moe.implementation == "autoep":
         result["expert_parallel"] = {
@@ -44,15 +46,25 @@ def deepspeed_config(
     return result
 
 
+def _accumulates_in_float32(config: RunConfig) -> bool:
+    """ZeRO-0 refuses it; ZeRO-1 pays a float32 gradient of everything, so only for a sum."""
+    if config.parallel.zero == 1:
+        return config.train.gradient_accumulation_steps > 1 and not config.optim.offload
+    return config.parallel.zero >= 2
+
+
 REASONS: dict[str, str] = {
     "gradient_clipping": (
         "acts on the raw gradient before the optimizer; stated because an absent key means 1.0; "
         "0 at ZeRO-0, where the engine averages expert norms over ranks and epctl clips itself"
     ),
     "zero_allow_untested_optimizer": "epctl hands its own optimizer to the engine",
-    "zero_force_ds_cpu_optimizer": "the same, when optimizer state is offloaded",
+    "zero_force_ds_cpu_optimizer": "the same, when `optim.offload` puts masters and state on CPU",
     "zero_optimization.reduce_scatter": "ZeRO-1/2 with experts needs it; epctl's Muon allows it",
     "zero_optimization.overlap_comm": "on GPUs only: gloo gains nothing from it",
-    "data_types.grad_accum_dtype": "micro-steps add up in float32; ZeRO-1 would change its class",
+    "data_types.grad_accum_dtype": (
+        "micro-steps add up in float32; at ZeRO-1 only if there is more than one, at ZeRO-0 never: "
+        "the engine refuses it"
+    ),
     "steps_per_print": "epctl reports instead",
 }

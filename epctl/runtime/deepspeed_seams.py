@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ __all__ = [
     "initialize_distributed",
     "mark_expert_layer",
     "partition_module",
+    "replica_group",
     "split_expert_groups",
 ]
 
@@ -197,13 +199,16 @@ class FlatPartition:
 def flat_partitions(engine: Any) -> list[FlatPartition]:
     """Returns the layout of every tensor that `step()` of a client optimizer will see.
 
-    Order is the same on all ranks of a group. Covers ZeRO-0 (float32 and bf16), 1, 2 and 3.
+    Order is the same on all ranks of a group. Covers ZeRO-0 (float32 and bf16), 1, 2 and 3, and
+    ZeRO-1 in bf16 with float32 accumulation, which DeepSpeed gives to another class.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _partitions_zero3(optimizer)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         return _partitions_zero12(optimizer)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return _partitions_bf16_optimizer(optimizer)
     if hasattr(optimizer, "fp16_groups"):  # ZeRO-0 bf16: float32 copies, one a Parameter
         pairs = zip(
             [p for group in optimizer.fp16_groups for p in group],
@@ -249,21 +254,36 @@ def _partitions_zero12(optimizer: Any) -> list[FlatPartition]:
     """runtime/zero/stage_1_and_2.py: Parameters laid end to end, cut into equal pieces."""
     result = []
     for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
-        group = optimizer.real_dp_process_group[index]
+        parameters = optimizer.round_robin_bit16_groups[index]
+        offsets = optimizer.round_robin_bit16_offsets[index]
+        placed = list(zip(parameters, offsets, strict=True))
         length = int(optimizer.partition_size[index])
-        placed = list(
-            zip(
-                optimizer.round_robin_bit16_groups[index],
-                optimizer.round_robin_bit16_offsets[index],
-                strict=True,
-            )
-        )
-        by_rank = tuple(
-            tuple(_overlaps(placed, rank * length, (rank + 1) * length))
-            for rank in range(dist.get_world_size(group))
-        )
-        result.append(FlatPartition(flat, group, dist.get_rank(group), by_rank))
+        group = optimizer.real_dp_process_group[index]
+        result.append(_end_to_end(flat, group, placed, length))
     return result
+
+
+def _partitions_bf16_optimizer(optimizer: Any) -> list[FlatPartition]:
+    """runtime/bf16_optimizer.py: as at ZeRO-1, under other names and without an offset table."""
+    result = []
+    for index, flat in enumerate(optimizer.fp32_groups_flat_partition):
+        parameters = optimizer.bf16_groups[index]
+        ends = list(itertools.accumulate(p.numel() for p in parameters))
+        placed = [(p, end - p.numel()) for p, end in zip(parameters, ends, strict=True)]
+        group = optimizer.real_dp_process_group[index]
+        result.append(_end_to_end(flat, group, placed, flat.numel()))
+    return result
+
+
+def _end_to_end(
+    flat: Tensor, group: dist.ProcessGroup, placed: list[tuple[nn.Parameter, int]], length: int
+) -> FlatPartition:
+    """Returns the layout of Parameters at their positions, cut into pieces of `length`."""
+    by_rank = tuple(
+        tuple(_overlaps(placed, rank * length, (rank + 1) * length))
+        for rank in range(dist.get_world_size(group))
+    )
+    return FlatPartition(flat, group, dist.get_rank(group), by_rank)
 
 
 def _overlaps(placed: list[tuple[nn.Parameter, int]], begin: int, end: int) -> Iterator[Fragment]:
@@ -273,6 +293,20 @@ def _overlaps(placed: list[tuple[nn.Parameter, int]], begin: int, end: int) -> I
         high = min(end, position + parameter.numel())
         if low < high:
             yield Fragment(parameter, low - position, high - low, low - begin)
+
+
+def replica_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
+    """Returns the ranks that hold the same whole Parameter at ZeRO-0; None without a job.
+
+    The edp group of an expert (utils/groups.py), all ranks for everything else.
+    """
+    if not dist.is_initialized():
+        return None
+    if not is_expert_parameter(parameter):
+        return dist.group.WORLD
+    name = getattr(parameter, "group_name")  # noqa: B009  (an attribute DeepSpeed adds)
+    group: dist.ProcessGroup = deepspeed_groups._get_expert_data_parallel_group(name)
+    return group
 
 
 def gradient_norm(engine: Any) -> float:

@@ -12,8 +12,9 @@ from torch import nn
 from epctl.config import OptimSection, RunConfig
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.muon_rule import MuonRule
 from epctl.runtime.optimizer import MatrixOptimizer
-from epctl.runtime.parameter_groups import parameter_groups
+from epctl.runtime.parameter_groups import parameter_groups, row_blocks
 from epctl.runtime.schedule import rate_factor
 
 
@@ -38,7 +39,7 @@ def create_engine(
         dist_init_required=False,
     )
     optimizer = optimizers[-1]
-    optimizer.wire(seams.flat_partitions(engine))
+    optimizer.wire(seams.flat_partitions(engine), engine.device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate_factor(step, config.train.steps, config.optim)
     )
@@ -47,17 +48,26 @@ def create_engine(
 
 def create_optimizer(model: nn.Module, optim: OptimSection) -> MatrixOptimizer:
     """Returns the client optimizer over the model's own parameters, not yet wired."""
-    optimizer = MatrixOptimizer(
+    return MatrixOptimizer(
         parameter_groups(model, optim),
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        num_steps=optim.newton_schulz_steps,
-        scale_rule=optim.update_scale,
+        rule=muon_rule(optim),
+        row_blocks=row_blocks(model, optim),
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
     )
-    optimizer.remember_kinds()
-    return optimizer
+
+
+def muon_rule(optim: OptimSection) -> MuonRule:
+    """Returns the Muon update that the settings ask for."""
+    return MuonRule(
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        momentum_dtype=getattr(torch, optim.momentum_dtype),
+        scale=optim.update_scale,
+        num_steps=optim.newton_schulz_steps,
+        coefficients=optim.coefficients,
+        method=optim.newton_schulz,
+    )
 
 
 @dataclass(frozen=True)

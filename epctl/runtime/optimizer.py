@@ -1,52 +1,28 @@
 """Muon for matrices and AdamW for the rest, as one client optimizer of DeepSpeed.
 
-At ZeRO 1 to 3 `step()` sees float32 flat partitions whose gradient is already averaged, unscaled
-and clipped *as the raw gradient*; Muon's orthogonalisation happens here, once an optimizer step.
-The class is not named after Muon: DeepSpeed treats a client optimizer whose class name contains
-that word as its own (zero/stage_1_and_2.py).
+At every ZeRO stage `step()` sees float32 tensors whose gradient is already averaged, unscaled and
+clipped *as the raw gradient*; Muon's orthogonalisation happens here, once an optimizer step. The
+class is not named after Muon: DeepSpeed treats a client optimizer whose class name contains that
+word as its own (zero/stage_1_and_2.py).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
-from epctl.kernels.newton_schulz import orthogonalize
 from epctl.runtime.deepspeed_seams import FlatPartition, full_shape
 from epctl.runtime.muon_exchange import (
-    ExchangePlan,
-    MatrixSlices,
-    Piece,
+    DEFAULT_CHUNK_ELEMENTS,
     gather_to_owners,
     scatter_from_owners,
 )
-
-UpdateScale = Literal["match_rms_adamw", "original"]
-
-
-def update_scale(num_rows: int, num_columns: int, rule: UpdateScale) -> float:
-    """Returns the factor on an orthogonal update of a matrix.
-
-    `match_rms_adamw` gives the update the RMS of a typical AdamW step, 0.2 (Moonlight, arXiv
-    2502.16982, 2.2); `original` is sqrt(max(1, rows/columns)) (Jordan, 2024).
-    """
-    if rule == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(num_rows, num_columns))
-    return math.sqrt(max(1.0, num_rows / num_columns))
-
-
-@dataclass
-class _Wired:
-    """A flat tensor, how it is cut, and the exchange plan of its matrices (Muon only)."""
-
-    partition: FlatPartition
-    plan: ExchangePlan | None
+from epctl.runtime.muon_plan import MuonUnit, RowBlocks, first_parameter, plan_units
+from epctl.runtime.muon_rule import MuonRule
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -54,71 +30,129 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Before `wire` it ignores `step()`: ZeRO-0 bf16 runs one with zero gradients in the engine's
     constructor, which would decay the loaded weights.
+
+    Args:
+        parameter_groups: torch parameter groups, each with `name`, `kind`, `lr`, `weight_decay`.
+        rule: the Muon update.
+        row_blocks: Parameters whose rows fall into several matrices, by id.
+        betas: of AdamW.
+        eps: of AdamW.
+        chunk_elements: bound on what a rank orthogonalises at once.
     """
 
     def __init__(
         self,
         parameter_groups: Iterable[dict[str, Any]],
         *,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        num_steps: int = 5,
-        scale_rule: UpdateScale = "match_rms_adamw",
+        rule: MuonRule | None = None,
+        row_blocks: RowBlocks | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
     ) -> None:
         defaults = {"lr": 1e-3, "weight_decay": 0.0, "kind": "adamw", "betas": betas, "eps": eps}
         super().__init__(list(parameter_groups), defaults)
-        self.momentum = momentum
-        self.nesterov = nesterov
-        self.num_steps = num_steps
-        self.scale_rule: UpdateScale = scale_rule
-        self._wired: dict[int, _Wired] | None = None
+        self.rule = rule or MuonRule()
+        self._row_blocks = dict(row_blocks or {})
+        self._chunk_elements = chunk_elements
+        # Noted now: the engine later swaps Parameters for flat tensors.
+        self._kind_of = {
+            id(p): group["kind"] for group in self.param_groups for p in group["params"]
+        }
+        self._device = torch.device("cpu")
+        self._partitions: dict[int, FlatPartition] | None = None
+        self._units: list[MuonUnit] = []
+        self._row_factors: dict[int, Tensor] = {}
+        self._skip_next = False
 
-    def wire(self, partitions: list[FlatPartition]) -> None:
+    def wire(self, partitions: list[FlatPartition], device: torch.device | None = None) -> None:
         """Takes the layout of the tensors that `step()` will see and creates all state.
 
         Every rank creates every state tensor now: lazily created state differs between ranks and
         breaks DeepSpeed's state links at ZeRO-1/2 (mixed_precision_linkage.py).
+
+        Args:
+            partitions: of every tensor, in the same order on all ranks of a group.
+            device: where matrices are orthogonalised, if not where the partitions are.
         """
-        self._wired = {}
-        kinds = self._kinds()
-        for partition in partitions:
-            kind = kinds[id(_first_parameter(partition))]
-            plan = _exchange_plan(partition) if kind == "muon" else None
-            self._wired[id(partition.flat)] = _Wired(partition, plan)
+        self._device = device or partitions[0].flat.device
+        self._partitions = {id(partition.flat): partition for partition in partitions}
+        kinds = [self._kind_of[id(first_parameter(p))] for p in partitions]
+        on_muon = [p for p, kind in zip(partitions, kinds, strict=True) if kind == "muon"]
+        self._units = plan_units(on_muon, self._row_blocks, self._chunk_elements)
+        for partition, kind in zip(partitions, kinds, strict=True):
             self._create_state(partition.flat, kind)
+        self._assert_nothing_lost(on_muon)
 
-    def remember_kinds(self) -> None:
-        """Notes each Parameter's kind; the engine later swaps Parameters for flat tensors."""
-        self._kind_of = {
-            id(p): group["kind"] for group in self.param_groups for p in group["params"]
+    def _assert_nothing_lost(self, on_muon: list[FlatPartition]) -> None:
+        """Every element classified for Muon is in exactly one matrix of one unit."""
+        parameters = {
+            id(f.parameter): f.parameter
+            for partition in on_muon
+            for fragments in partition.fragments_by_rank
+            for f in fragments
         }
-
-    def _kinds(self) -> dict[int, str]:
-        return self._kind_of
+        missing = {key for key, kind in self._kind_of.items() if kind == "muon"} - set(parameters)
+        assert not missing, f"{len(missing)} Muon parameters are in no partition"
+        classified = sum(full_shape(p).numel() for p in parameters.values())
+        planned = sum(matrix.num_elements for unit in self._units for matrix in unit.matrices)
+        assert planned == classified, f"{planned} of {classified} Muon elements are in a matrix"
 
     def _create_state(self, flat: Tensor, kind: str) -> None:
         state = self.state[flat]
         if kind == "muon":
-            state["momentum_buffer"] = torch.zeros_like(flat)
+            dtype = self.rule.momentum_dtype
+            state["momentum_buffer"] = torch.zeros_like(flat, dtype=dtype)
         else:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(flat)
             state["exp_avg_sq"] = torch.zeros_like(flat)
 
+    def skip_next_step(self) -> None:
+        """Makes the next `step()` do nothing: its gradients are not finite.
+
+        Momentum folds a gradient in for ever, so an overflow must not reach it. DeepSpeed skips
+        such steps itself at ZeRO 1 to 3.
+        """
+        self._skip_next = True
+
+    def scale_rows_after_step(self, factors: Mapping[int, Tensor]) -> None:
+        """Multiplies rows of Parameters (by id: one float32 factor a row) after the next step."""
+        self._row_factors = dict(factors)
+
+    @property
+    def num_owned_matrices(self) -> int:
+        """Matrices this rank orthogonalises in a step."""
+        return sum(unit.num_owned for unit in self._units)
+
+    @property
+    def num_matrices(self) -> int:
+        """Matrices this rank holds a piece of or shares a group with."""
+        return sum(len(unit.matrices) for unit in self._units)
+
+    @property
+    def num_sent_bytes(self) -> int:
+        """Bytes this rank sends to other ranks in a step, slices and updates."""
+        return sum(unit.num_sent_bytes for unit in self._units)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step on whatever tensors the groups hold now (all, or one sub-group at a time)."""
         assert closure is None, "closures are not supported"
-        if self._wired is None:
+        if self._partitions is None:
             return
+        if self._skip_next:
+            self._skip_next = False
+            return
+        groups = {id(flat): group for group in self.param_groups for flat in group["params"]}
+        for unit in self._units:
+            if id(unit.flats[0]) in groups:
+                self._step_muon(unit, [groups[id(flat)] for flat in unit.flats])
         for group in self.param_groups:
             for flat in group["params"]:
-                if group["kind"] == "muon":
-                    self._step_muon(flat, group)
-                elif flat.grad is not None:
+                if group["kind"] == "adamw" and flat.grad is not None:
                     self._step_adamw(flat, group)
+                self._scale_rows(flat)
 
     def _step_adamw(self, flat: Tensor, group: dict[str, Any]) -> None:
         state = self.state[flat]
@@ -139,65 +173,46 @@ class MatrixOptimizer(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _step_muon(self, flat: Tensor, group: dict[str, Any]) -> None:
-        assert self._wired is not None
-        wired = self._wired[id(flat)]
-        assert wired.plan is not None
-        gradient = torch.zeros_like(flat) if flat.grad is None else flat.grad.to(flat.dtype)
-        buffer = self.state[flat]["momentum_buffer"]
-        buffer.lerp_(gradient, 1 - self.momentum)
-        update = gradient.lerp(buffer, self.momentum) if self.nesterov else buffer.clone()
-        update = update.view(-1)
-        process_group = wired.partition.process_group
-        owned = gather_to_owners(update, wired.plan, process_group)
-        self._orthogonalize(owned)
-        scatter_from_owners(owned, update, wired.plan, process_group)
-        flat.mul_(1 - group["lr"] * group["weight_decay"])
-        flat.add_(update.view_as(flat), alpha=-group["lr"])
+    def _step_muon(self, unit: MuonUnit, groups: list[dict[str, Any]]) -> None:
+        """Mixes momentum where the gradient is, orthogonalises chunk by chunk, updates in place."""
+        updates = [self._mixed_gradient(flat) for flat in unit.flats]
+        for chunk in unit.chunks:
+            owned = gather_to_owners(updates, chunk, unit.process_group, self._device)
+            for shape in owned:
+                owned[shape] = self.rule.update_of(owned[shape])
+            scatter_from_owners(owned, updates, chunk, unit.process_group, self._device)
+        for flat, update, group in zip(unit.flats, updates, groups, strict=True):
+            flat.mul_(1 - group["lr"] * group["weight_decay"])
+            flat.add_(update.view_as(flat), alpha=-group["lr"])
 
-    def _orthogonalize(self, owned: dict[int, Tensor]) -> None:
-        """Replaces each owned matrix by its scaled orthogonal factor, equal shapes in one batch."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        for index, matrix in owned.items():
-            by_shape.setdefault(matrix.shape, []).append(index)
-        for shape, indices in by_shape.items():
-            batch = torch.stack([owned[index] for index in indices])
-            factor = update_scale(shape[0], shape[1], self.scale_rule)
-            result = orthogonalize(batch, num_steps=self.num_steps) * factor
-            for index, matrix in zip(indices, result, strict=True):
-                owned[index] = matrix.contiguous()
+    def _mixed_gradient(self, flat: Tensor) -> Tensor:
+        """Returns Muon's direction as one flat float32 tensor, written over the gradient.
 
+        Without a gradient (an expert no token reached) the momentum goes on alone.
+        """
+        gradient = torch.zeros_like(flat) if flat.grad is None else flat.grad
+        gradient = gradient.detach().to(torch.float32).contiguous()
+        self.rule.mix_momentum_(gradient, self.state[flat]["momentum_buffer"])
+        return gradient.view(-1)
 
-def _first_parameter(partition: FlatPartition) -> nn.Parameter:
-    return next(f.parameter for fragments in partition.fragments_by_rank for f in fragments)
+    def _scale_rows(self, flat: Tensor) -> None:
+        assert self._partitions is not None
+        if not self._row_factors:
+            return
+        partition = self._partitions[id(flat)]
+        for fragment in partition.fragments_by_rank[partition.group_rank]:
+            factors = self._row_factors.pop(id(fragment.parameter), None)
+            if factors is not None:
+                num_columns = full_shape(fragment.parameter)[-1]
+                end = fragment.start + fragment.num_elements
+                every = factors.repeat_interleave(num_columns)[fragment.start : end]
+                part = flat.view(-1).narrow(0, fragment.offset, fragment.num_elements)
+                part.mul_(every.to(part.device))
 
-
-def _exchange_plan(partition: FlatPartition) -> ExchangePlan:
-    matrices = list(_matrices(partition))
-    return ExchangePlan(partition.group_rank, len(partition.fragments_by_rank), matrices)
-
-
-def _matrices(partition: FlatPartition) -> Iterable[MatrixSlices]:
-    """Yields each matrix of a flat partition: a 2-D Parameter, or one expert of a stacked one."""
-    parameters: dict[int, nn.Parameter] = {}
-    fragments: dict[int, list[tuple[int, Any]]] = {}
-    for rank, held in enumerate(partition.fragments_by_rank):
-        for fragment in held:
-            parameters.setdefault(id(fragment.parameter), fragment.parameter)
-            fragments.setdefault(id(fragment.parameter), []).append((rank, fragment))
-    for key, parameter in parameters.items():
-        shape = full_shape(parameter)
-        assert len(shape) in (2, 3), f"Muon got a {len(shape)}-D parameter {tuple(shape)}"
-        size = shape[-2] * shape[-1]
-        for first in range(0, shape.numel(), size):
-            pieces = tuple(_pieces(fragments[key], first, first + size))
-            yield MatrixSlices(shape[-2], shape[-1], pieces)
-
-
-def _pieces(fragments: list[tuple[int, Any]], begin: int, end: int) -> Iterable[Piece]:
-    for rank, fragment in fragments:
-        low = max(begin, fragment.start)
-        high = min(end, fragment.start + fragment.num_elements)
-        if low < high:
-            offset = fragment.offset + low - fragment.start
-            yield Piece(rank, low - begin, high - low, offset)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads state; torch casts it to the parameters' float32, so momentum is cast back."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if "momentum_buffer" in state:
+                buffer = state["momentum_buffer"]
+                state["momentum_buffer"] = buffer.to(self.rule.momentum_dtype)
