@@ -37,6 +37,8 @@ def deepspeed_config(
     }
     if bfloat16 and _accumulates_in_float32(config):
         result["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.optim.name == "deepspeed-muon":
+        _use_deepspeed_muon(result, config, on_cpu)
     if config.moe.implementation == "autoep":
         result["expert_parallel"] = {
             "enabled": True,
@@ -46,10 +48,41 @@ def deepspeed_config(
     return result
 
 
+def _use_deepspeed_muon(result: dict[str, Any], config: RunConfig, on_cpu: bool) -> None:
+    """Lets the engine build its own Muon, and steers around what its stages get wrong with it.
+
+    It clips the update by the update's own norm, so clipping is off; ZeRO-3 refuses it together
+    with reduce_scatter; `torch_adam` saves a build with a compiler on CPU.
+    """
+    optim = config.optim
+    result["gradient_clipping"] = 0.0
+    result["zero_optimization"]["reduce_scatter"] = config.parallel.zero < 3
+    result["optimizer"] = {
+        "type": "Muon",
+        "params": {
+            "lr": optim.lr,
+            "muon_lr": optim.lr,
+            "adam_lr": optim.adamw_lr or optim.lr,
+            "momentum": optim.momentum,
+            "weight_decay": optim.weight_decay,
+            "betas": [optim.beta1, optim.beta2],
+            "eps": optim.eps,
+            "ns_method": "standard" if optim.newton_schulz == "standard" else "gram",
+            "per_head_muon": optim.per_head,
+            "torch_adam": on_cpu,
+        },
+    }
+
+
 def _accumulates_in_float32(config: RunConfig) -> bool:
-    """ZeRO-0 refuses it; ZeRO-1 pays a float32 gradient of everything, so only for a sum."""
+    """ZeRO-0 refuses it; ZeRO-1 pays a float32 gradient of everything, so only for a sum.
+
+    There it means another optimizer class, which takes neither offload nor DeepSpeed's Muon with
+    experts.
+    """
     if config.parallel.zero == 1:
-        return config.train.gradient_accumulation_steps > 1 and not config.optim.offload
+        several = config.train.gradient_accumulation_steps > 1
+        return several and not config.optim.offload and config.optim.name != "deepspeed-muon"
     return config.parallel.zero >= 2
 
 

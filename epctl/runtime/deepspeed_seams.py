@@ -39,6 +39,7 @@ __all__ = [
     "AutoEPMoELayer",
     "FlatPartition",
     "Fragment",
+    "client_optimizer",
     "create_mesh",
     "flat_partitions",
     "full_parameters",
@@ -307,6 +308,12 @@ def replica_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     name = getattr(parameter, "group_name")  # noqa: B009  (an attribute DeepSpeed adds)
     group: dist.ProcessGroup = deepspeed_groups._get_expert_data_parallel_group(name)
     return group
+
+
+def client_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Returns the optimizer inside the engine's ZeRO wrapper (engine.py, `basic_optimizer`)."""
+    optimizer: torch.optim.Optimizer = engine.basic_optimizer
+    return optimizer
 
 
 def gradient_norm(engine: Any) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from epctl.runtime.attention_logits import AttentionLogits
 from epctl.runtime.deepspeed_seams import FlatPartition, full_shape
 from epctl.runtime.muon_exchange import (
     DEFAULT_CHUNK_ELEMENTS,
@@ -64,6 +65,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._units: list[MuonUnit] = []
         self._row_factors: dict[int, Tensor] = {}
         self._skip_next = False
+        self.attention_logits: AttentionLogits | None = None
 
     def wire(self, partitions: list[FlatPartition], device: torch.device | None = None) -> None:
         """Takes the layout of the tensors that `step()` will see and creates all state.
@@ -108,13 +110,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(flat)
             state["exp_avg_sq"] = torch.zeros_like(flat)
 
-    def skip_next_step(self) -> None:
-        """Makes the next `step()` do nothing: its gradients are not finite.
+    def skip_next_step(self, skip: bool) -> None:
+        """Says whether the next `step()` is to do nothing because its gradients are not finite.
 
-        Momentum folds a gradient in for ever, so an overflow must not reach it. DeepSpeed skips
-        such steps itself at ZeRO 1 to 3.
+        Momentum folds a gradient in for ever, so an overflow must not reach it. Needed at ZeRO-0
+        in float32 only: elsewhere DeepSpeed does not call `step()` then.
         """
-        self._skip_next = True
+        self._skip_next = skip
 
     def scale_rows_after_step(self, factors: Mapping[int, Tensor]) -> None:
         """Multiplies rows of Parameters (by id: one float32 factor a row) after the next step."""
@@ -203,7 +205,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for fragment in partition.fragments_by_rank[partition.group_rank]:
             factors = self._row_factors.pop(id(fragment.parameter), None)
             if factors is not None:
-                num_columns = full_shape(fragment.parameter)[-1]
+                num_columns = full_shape(fragment.parameter).numel() // factors.numel()
                 end = fragment.start + fragment.num_elements
                 every = factors.repeat_interleave(num_columns)[fragment.start : end]
                 part = flat.view(-1).narrow(0, fragment.offset, fragment.num_elements)
