@@ -21,6 +21,7 @@ _ROLES = {
     "gate_up": {"gate_up_proj", "gate_up", "w13", "w13_weight", "input_linear", "fc1", "wi_fused"},
 }
 _FUSED_DOWN = {"output_linear", "fc2", "w2_weight"}
+_BLOCK = re.compile(r"expert|\.moe\.")
 _ROUTER = re.compile(r"(^|[._])(gate|router|classifier|wg)($|[._])")
 _SHARED = re.compile(r"shared?_(expert|experts|mlp)(\.|$)")
 _BIAS = re.compile(r"(correction_bias|expert_bias|router_bias|balancing_bias(es)?|gate\.bias)$")
@@ -54,7 +55,7 @@ def _expert_blocks(groups: Groups, tensors: Tensors) -> dict[tuple[str, str], li
     """Returns weight leaves by (layer prefix, block), the block ending in `#.` or in `.`."""
     blocks: dict[tuple[str, str], list[str]] = {}
     for pattern in groups:
-        if "expert" not in pattern or _SHARED.search(pattern):
+        if not _BLOCK.search(pattern) or _SHARED.search(pattern):
             continue
         dims = len(_shape(groups, tensors, pattern))
         split = _split_single(pattern) if dims == 2 else _split_fused(pattern)
@@ -71,7 +72,7 @@ def _split_single(pattern: str) -> tuple[str, str, str] | None:
 
 
 def _split_fused(pattern: str) -> tuple[str, str, str] | None:
-    match = re.fullmatch(r"(.*#)\.([^#]*expert[^#.]*\.)([^#]+)", pattern)
+    match = re.fullmatch(r"(.*#)\.([^#]*(?:expert[^#.]*|\bmoe)\.)([^#]+)", pattern)
     return (match[1], match[2], match[3]) if match else None
 
 
@@ -108,17 +109,19 @@ def _assign_fused(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[str, str], str | None] | None:
     """Returns roles of tensors with a leading expert dim: by name, else by size."""
+    shapes = {leaf: shape for leaf, shape in shapes.items() if len(shape) == 3}
     by_name = {_role(leaf): leaf for leaf in shapes}
     words = {leaf.removesuffix(".weight").rsplit(".", 1)[-1]: leaf for leaf in shapes}
     down = by_name.get("down") or next((words[w] for w in _FUSED_DOWN if w in words), None)
     if down and {"gate", "up"} <= by_name.keys():
         return {"gate": by_name["gate"], "up": by_name["up"], "down": down}, None
+    if down and set(by_name) == {"up", "down"}:
+        return {"up": by_name["up"], "down": down}, None
     doubt = "whether gate and up are halves or interleaved is not known"
     if down and "gate_up" in by_name:
         return {"gate_up": by_name["gate_up"], "down": down}, doubt
-    matrices = [leaf for leaf, shape in shapes.items() if len(shape) == 3]
-    if len(matrices) == 2:
-        small, large = sorted(matrices, key=lambda leaf: _volume(shapes[leaf]))
+    if len(shapes) == 2:
+        small, large = sorted(shapes, key=lambda leaf: _volume(shapes[leaf]))
         if _volume(shapes[large]) == 2 * _volume(shapes[small]):
             return {"gate_up": large, "down": small}, doubt
     return None
@@ -135,7 +138,7 @@ def _with_router(
     prefix: str, block: str, experts: dict[str, str], groups: Groups, tensors: Tensors
 ) -> FamilyNames:
     """Returns the naming with router, correction bias and shared experts found beside it."""
-    parent = block.split("expert")[0]
+    parent = re.split(r"expert|\bmoe\.", block)[0]
     leaves = list(_below(prefix, parent, groups))
     router = next(
         (

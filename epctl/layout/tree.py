@@ -59,12 +59,12 @@ def _lines(node: Node, indent: str) -> Iterator[str]:
     for position, (key, child) in enumerate(node.items()):
         last = position == len(node) - 1
         branch, bar = ("`-- ", "    ") if last else ("|-- ", "|   ")
+        # A chain of single children reads better as one dotted name.
+        while isinstance(child, dict) and len(child) == 1:
+            (inner, child) = next(iter(child.items()))
+            key = f"{key}.{inner}"
         if not isinstance(child, dict):
             yield f"{indent}{branch}{key}  {child}"
             continue
-        # A chain of single children reads better as one dotted name.
-        while len(child) == 1 and isinstance(next(iter(child.values())), dict):
-            (inner, child) = next(iter(child.items()))
-            key = f"{key}.{inner}"
         yield f"{indent}{branch}{key}"
         yield from _lines(child, indent + bar)

@@ -28,7 +28,8 @@ _SECTIONS = (
 )  # fmt: skip
 _ALIASES: Mapping[str, tuple[str, ...]] = {
     "num_layers": ("depth", "num_hidden_layers", "num_layers", "n_layers"),
-    "hidden_size": ("hidden_size", "embed_dim", "width", "dim"),
+    # Where both stand (Qwen2-VL), hidden_size is the width of what the merger puts out.
+    "hidden_size": ("embed_dim", "hidden_size", "width", "dim"),
     "num_heads": ("num_heads", "num_attention_heads", "n_heads"),
     "num_kv_heads": ("num_key_value_heads",),
     "patch_size": ("patch_size",),

@@ -17,7 +17,7 @@ def two(model_type, text=None, vision=None, **config):
         "model_type": model_type,
         "config": {
             "text_config": {"num_hidden_layers": 4, **(text or {})},
-            "vision_config": {"num_hidden_layers": 4, **(vision or {})},
+            "vision_config": vision or {"num_hidden_layers": 4},
             **config,
         },
     }
@@ -199,3 +199,6 @@ SPECS = {
     "dinov2": small("dinov2"),
     "clip_vision_model": small("clip_vision_model"),
 }
+
+# transformers' config types with an expert-parallel plan; test_regenerate.py asks transformers.
+EP_PLAN_TYPES = tuple(SPECS)[: tuple(SPECS).index("llama4_text")]
