@@ -82,22 +82,60 @@ def examples(*lines: str) -> str:
         "epctl train --ep 4 --zero 3 --optim muon",
         "epctl train --ep 2 --zero 2 --optim adamw --steps 50 --set optim.schedule=wsd",
         "epctl train --ep 4 --dry-run",
+        "epctl train moonshotai/Moonlight-16B-A3B --data chats.jsonl --ep 8 --epochs 2",
+        "epctl train ./moonlight --data chats.jsonl --ep 8 --check --check-layers 2",
+        "epctl train --resume runs/first --steps 400",
     )
 )
 def train(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id (`org/name@revision`) or a folder; default: a small one."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Text, jsonl, parquet: file, folder, glob, hub dataset."),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None, typer.Option("--eval-data", help="Held out; default: a share of --data.")
+    ] = None,
     ep: Annotated[int | None, typer.Option(help="Expert parallel size.")] = None,
     zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.")] = None,
     optim: Annotated[str | None, typer.Option(help="Optimizer: muon or adamw.")] = None,
     moe: Annotated[
         str | None, typer.Option(help="MoE layer: epctl, or DeepSpeed's autoep to compare.")
     ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option("--train", help="all, experts, attention, router, or a regex of names."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Instead of steps: tokens.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Instead of steps: passes over the data.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
     num_ranks: Annotated[
         int | None, typer.Option(help="Ranks; default: one a GPU, or as many as `--ep` on CPU.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id; default: the model's own.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the tokenizer's code, if pinned.")
+    ] = False,
+    track: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder: go on from its newest checkpoint.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Prove the layout on two steps, do not train.")
+    ] = False,
+    check_layers: Annotated[
+        int | None, typer.Option(help="With --check: keep only the first layers.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default runs/<date>-<time>.")
     ] = None,
@@ -114,10 +152,16 @@ def train(
 ) -> None:
     """Train; with no model, a small one of Moonlight's layout on local Python sources."""
     from epctl.config import resolve_config
+    from epctl.launch.resume_run import resumed_settings
     from epctl.launch.train_command import run_train
 
     set_mode(json_mode=json_mode, quiet=quiet)
     flags = {
+        "model.reference": model,
+        "model.tokenizer": tokenizer,
+        "model.trust_remote_code": trust_remote_code or None,
+        "data.train": tuple(data) if data else None,
+        "data.eval": tuple(eval_data) if eval_data else None,
         "parallel.ep": ep,
         "parallel.zero": zero,
         "parallel.num_ranks": num_ranks,
@@ -125,12 +169,19 @@ def train(
         "optim.name": optim,
         "optim.lr": lr,
         "moe.implementation": moe,
+        "train.parameters": parameters,
         "train.steps": steps,
+        "train.tokens": tokens,
+        "train.epochs": epochs,
         "train.seed": seed,
         "run.output": str(output) if output is not None else None,
+        "run.resume": str(resume) if resume is not None else None,
+        "run.track": track,
+        "check.num_layers": check_layers,
     }
-    resolved = resolve_config(file=config, settings=settings, flags=flags)
-    run_train(resolved, out, dry_run=dry_run, verbose=verbose)
+    base = resumed_settings(resume) if resume is not None else None
+    resolved = resolve_config(file=config, settings=settings, flags=flags, base=base)
+    run_train(resolved, out, dry_run=dry_run, check=check, verbose=verbose)
 
 
 @app.command(

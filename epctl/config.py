@@ -12,9 +12,9 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from epctl.errors import ConfigError
 
@@ -23,6 +23,45 @@ class Section(BaseModel):
     """A part of the config: unknown keys are refused, values are never coerced from odd types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# One path may be written without brackets.
+Paths = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+
+
+class ModelSection(Section):
+    reference: str | None = Field(
+        None, description="folder or hub id `org/name@revision`; default: the embedded small model"
+    )
+    tokenizer: str | None = Field(
+        None, description="folder or hub id of the tokenizer; default: the model's own"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run the repository's tokenizer code; needs a pinned revision"
+    )
+
+
+class DataSection(Section):
+    train: Paths = Field(
+        (), description="files, folders, globs or one hub dataset id; default: local Python sources"
+    )
+    eval: Paths = Field((), description="the same, held out; default: a share of `train`")
+    format: Literal["auto", "text", "messages"] = Field(
+        "auto", description="auto: messages if records have the key, else text"
+    )
+    text_key: str = Field("text", description="key of the text in jsonl and parquet records")
+    messages_key: str = Field(
+        "messages", description="key of the chat in jsonl and parquet records"
+    )
+    split: str = Field("train", description="split of a hub dataset")
+    eval_split: str = Field("validation", description="split of a hub dataset in `eval`")
+    packing: bool = Field(True, description="several documents a sequence, attention kept apart")
+    held_out_share: float = Field(
+        0.02, gt=0, lt=0.5, description="share of documents held out when `eval` is not given"
+    )
+    shuffle: bool = Field(True, description="new order of sequences each epoch, from the seed")
 
 
 class ParallelSection(Section):
@@ -42,7 +81,9 @@ class MoESection(Section):
 
 
 class OptimSection(Section):
-    name: Literal["muon", "adamw"] = Field("muon", description="optimizer of the matrices")
+    name: Literal["muon", "adamw", "deepspeed-muon"] = Field(
+        "muon", description="optimizer of the matrices; deepspeed-muon: the engine's, to compare"
+    )
     lr: float = Field(2e-3, gt=0, description="learning rate of the matrices (Muon)")
     adamw_lr: float | None = Field(
         None, gt=0, description="learning rate of everything on AdamW; default: `lr`"
@@ -53,11 +94,28 @@ class OptimSection(Section):
     update_scale: Literal["match_rms_adamw", "original"] = Field(
         "match_rms_adamw", description="0.2*sqrt(max(rows, columns)), or sqrt(max(1, rows/columns))"
     )
+    momentum_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype the Muon momentum is kept in"
+    )
+    per_head: bool = Field(False, description="orthogonalise each attention head's rows apart")
+    newton_schulz: Literal["auto", "standard", "gram"] = Field(
+        "auto", description="iteration; auto: the cheaper one for each shape"
+    )
+    coefficients: Literal["jordan", "you", "polar_express_1.05", "polar_express_1.02"] = Field(
+        "you", description="Newton-Schulz polynomial; Polar Express by its safety factor"
+    )
     newton_schulz_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations")
+    qk_clip: float | None = Field(
+        None, gt=0, description="bound on attention logits, by scaling query and key rows"
+    )
+    attention_logit_interval: int = Field(
+        0, ge=0, description="steps between measurements of the largest attention logit; 0 is off"
+    )
     router: Literal["muon", "adamw"] = Field("muon", description="optimizer of router weights")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW")
     eps: float = Field(1e-8, gt=0, description="AdamW")
+    offload: bool = Field(False, description="masters and optimizer state in host memory")
     gradient_clipping: float = Field(
         1.0, ge=0, description="bound on the norm of the raw gradient; 0 is off"
     )
@@ -70,7 +128,16 @@ class OptimSection(Section):
 
 
 class TrainSection(Section):
-    steps: int = Field(120, ge=1, description="optimizer steps")
+    parameters: str = Field(
+        "all", description="what is trained: all, experts, attention, router, or a regex of names"
+    )
+    steps: int = Field(
+        120, ge=1, description="optimizer steps; with data and no budget given: one epoch"
+    )
+    tokens: int | None = Field(None, ge=1, description="length of the run in tokens")
+    epochs: float | None = Field(
+        None, gt=0, description="length of the run in passes over the data"
+    )
     micro_batch_size: int = Field(2, ge=1, description="sequences a rank and micro-step")
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps a step")
     sequence_length: int = Field(256, ge=8, description="tokens a sequence")
@@ -78,6 +145,7 @@ class TrainSection(Section):
         "auto", description="auto: bfloat16 on GPU, float32 on CPU"
     )
     activation_checkpointing: bool = Field(False, description="recompute each block in backward")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after")
     eval_batches: int = Field(8, ge=1, description="held-out micro-batches a rank")
     report_every: int = Field(5, ge=1, description="steps between reports")
     sample_tokens: int = Field(96, ge=0, description="tokens sampled before and after; 0 is off")
@@ -86,17 +154,47 @@ class TrainSection(Section):
 
 class RunSection(Section):
     output: str | None = Field(None, description="run folder; default: runs/<date>-<time>")
+    resume: str | None = Field(None, description="run folder whose newest checkpoint goes on")
     save: bool = Field(True, description="write a Hugging Face folder at the end")
+    checkpoint_every: int = Field(
+        0, ge=0, description="steps between checkpoints that `--resume` continues; 0 is off"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
+        "none", description="experiment tracker beside metrics.jsonl"
+    )
+
+
+class CheckSection(Section):
+    num_layers: int | None = Field(
+        None, ge=1, description="decoder layers that `--check` keeps; default: all"
+    )
+    steps: int = Field(2, ge=1, description="optimizer steps that `--check` compares")
 
 
 class RunConfig(Section):
     """All settings of `epctl train`."""
 
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
     parallel: ParallelSection = ParallelSection()
     moe: MoESection = MoESection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     run: RunSection = RunSection()
+    check: CheckSection = CheckSection()
+
+
+# What the small embedded model trains well with would ruin or starve a published one.
+MODEL_DEFAULTS: Mapping[str, Any] = {
+    "optim.lr": 2e-5,
+    "train.sequence_length": 4096,
+    "train.micro_batch_size": 1,
+    "train.activation_checkpointing": True,
+}
+MODEL_DEFAULT_SOURCE = "default with MODEL"
+# How long a run is: one of these, the last one given.
+LENGTH_KEYS = ("train.steps", "train.tokens", "train.epochs")
 
 
 @dataclass(frozen=True)
@@ -105,6 +203,20 @@ class ResolvedConfig:
 
     config: RunConfig
     sources: Mapping[str, str]
+
+    def is_given(self, key: str) -> bool:
+        """True for a value that somebody chose, false for a default."""
+        return not self.sources[key].startswith("default")
+
+    def replaced(self, key: str, value: Any) -> ResolvedConfig:
+        """Returns a copy with one value changed, its source kept."""
+        section, _, name = key.partition(".")
+        changed = getattr(self.config, section).model_copy(update={name: value})
+        return ResolvedConfig(self.config.model_copy(update={section: changed}), self.sources)
+
+    def given(self) -> dict[str, Any]:
+        """Returns the chosen values by dotted key."""
+        return {key: value for key, value in flat_values(self.config).items() if self.is_given(key)}
 
     def to_json(self) -> str:
         document = {"config": self.config.model_dump(), "sources": dict(self.sources)}
@@ -126,27 +238,66 @@ def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
             yield f"{prefix}{name}"
 
 
+def flat_values(config: RunConfig) -> dict[str, Any]:
+    """Returns every value by its dotted key."""
+    sections = config.model_dump()
+    return {f"{s}.{name}": v for s, values in sections.items() for name, v in values.items()}
+
+
 def resolve_config(
-    *, file: Path | None = None, settings: list[str] | None = None, flags: Mapping[str, Any]
+    *,
+    file: Path | None = None,
+    settings: list[str] | None = None,
+    flags: Mapping[str, Any],
+    base: tuple[Mapping[str, Any], str] | None = None,
 ) -> ResolvedConfig:
     """Merges defaults, a TOML file, `--set key=value` and flags (None means not given).
+
+    Args:
+        base: values under all of these and where they are from: a run that is resumed.
 
     Raises ConfigError for an unreadable file, an unknown key or a value out of range.
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(config_keys(), "default")
-    layers = [(_read_file(file), f"file {file}")] if file is not None else []
+    layers = [base] if base is not None else []
+    layers += [(_read_file(file), f"file {file}")] if file is not None else []
     layers.append((dict(_parse_setting(text) for text in settings or []), "--set"))
+    layers.append(({key: value for key, value in flags.items() if value is not None}, "flag"))
     for layer, source in layers:
+        _drop_other_lengths(values, sources, layer, source)
         for key, value in layer.items():
             _check_key(key, source)
             values[key] = value
             sources[key] = source
-    for key, value in flags.items():
-        if value is not None:
-            values[key] = value
-            sources[key] = "flag"
+    _add_dependent_defaults(values, sources)
     return ResolvedConfig(_validate(values, sources), sources)
+
+
+def _drop_other_lengths(
+    values: dict[str, Any], sources: dict[str, str], layer: Mapping[str, Any], source: str
+) -> None:
+    """A length in a layer replaces those of the layers below; two in one layer contradict."""
+    stated = [key for key in LENGTH_KEYS if key in layer]
+    if len(stated) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'`{key}`' for key in stated)} are both given ({source})",
+            hint="give one of steps, tokens and epochs",
+        )
+    for key in LENGTH_KEYS if stated else ():
+        values.pop(key, None)
+        sources[key] = "default"
+
+
+def _add_dependent_defaults(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Fills in the defaults that depend on whether a model or data is given."""
+    has_model = values.get("model.reference") is not None
+    defaults = dict(MODEL_DEFAULTS) if has_model else {}
+    if (has_model or values.get("data.train")) and not any(key in values for key in LENGTH_KEYS):
+        defaults["train.epochs"] = 1.0
+    for key, value in defaults.items():
+        if sources[key] == "default":
+            values[key], sources[key] = value, MODEL_DEFAULT_SOURCE
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from epctl.launch.devices import Placement
 
 
-def torchrun_arguments(run_folder: Path, placement: Placement) -> list[str]:
+def torchrun_arguments(run_folder: Path, placement: Placement, program: str) -> list[str]:
     """Returns torchrun's own arguments: one node, one process a rank, no restarts."""
     return [
         "--standalone",
@@ -20,13 +20,18 @@ def torchrun_arguments(run_folder: Path, placement: Placement) -> list[str]:
         "--module",
         "epctl.runtime.worker",
         str(run_folder),
+        program,
     ]
 
 
-def launch_command(run_folder: Path, placement: Placement) -> list[str]:
-    """Returns the argv that starts the job: torchrun behind epctl's failure reporting."""
+def launch_command(run_folder: Path, placement: Placement, program: str = "train") -> list[str]:
+    """Returns the argv that starts the job: torchrun behind epctl's failure reporting.
+
+    Args:
+        program: what the ranks run: `train` or `check`.
+    """
     agent = [sys.executable, "-m", "epctl.launch.agent", str(run_folder)]
-    return agent + torchrun_arguments(run_folder, placement)
+    return agent + torchrun_arguments(run_folder, placement, program)
 
 
 def rank_environment(placement: Placement, inherited: Mapping[str, str]) -> dict[str, str]:

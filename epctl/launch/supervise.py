@@ -22,11 +22,14 @@ GRACE_SECONDS = 8.0
 
 
 class EventTail:
-    """Reads the lines that were appended to `metrics.jsonl` since the last look."""
+    """Reads the lines that were appended to `metrics.jsonl` since the last look.
+
+    What stands there at first, of a run that is resumed, was seen before.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._position = 0
+        self._position = path.stat().st_size if path.exists() else 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
@@ -116,7 +119,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 
 
 def _remove_staging(run_folder: Path) -> None:
-    for path in run_folder.glob("*.tmp"):
+    for path in (*run_folder.glob("*.tmp"), *run_folder.glob("checkpoints/*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
 
 

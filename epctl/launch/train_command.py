@@ -5,100 +5,132 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from epctl.config import ResolvedConfig, RunConfig
+from epctl.errors import ConfigError
 from epctl.launch.command import launch_command, rank_environment
 from epctl.launch.devices import Placement, count_gpus, place_ranks
+from epctl.launch.dry_run import count_state, show_dry_run
 from epctl.launch.ds_config import deepspeed_config
+from epctl.launch.ignored import warn_of_ignored_settings
+from epctl.launch.model_reference import fetch, open_reference
+from epctl.launch.resume_run import checkpoint_to_resume, reopen_run_folder
 from epctl.launch.run_folder import choose_run_folder, create_run_folder
 from epctl.launch.supervise import run_job
+from epctl.launch.track import open_tracker, require_tracker
 from epctl.launch.view import RunView
+from epctl.layout.source import ModelSource
 from epctl.output import Output
 
 # The embedded default's expert count, known without building it: a wrong EP fails at once.
 DEFAULT_NUM_EXPERTS = 64
 
 
-def run_train(resolved: ResolvedConfig, output: Output, *, dry_run: bool, verbose: bool) -> None:
-    """Trains, or with `dry_run` shows what would run and touches nothing.
+@dataclass(frozen=True)
+class Job:
+    """A run that passed every check that needs no rank."""
 
-    Raises ConfigError, ResourceError or LaunchError; see `epctl.errors` for their exit codes.
+    resolved: ResolvedConfig
+    placement: Placement
+    source: ModelSource | None
+    checkpoint: Path | None
+
+    @property
+    def config(self) -> RunConfig:
+        return self.resolved.config
+
+    @property
+    def bfloat16(self) -> bool:
+        precision = self.config.train.precision
+        return precision == "bfloat16" or (precision == "auto" and self.placement.device == "cuda")
+
+    def deepspeed(self) -> dict[str, Any]:
+        on_cpu = self.placement.device == "cpu"
+        return deepspeed_config(self.config, bfloat16=self.bfloat16, on_cpu=on_cpu)
+
+
+def run_train(
+    resolved: ResolvedConfig, output: Output, *, dry_run: bool, verbose: bool, check: bool = False
+) -> None:
+    """Trains, or checks, or with `dry_run` shows what would run and touches nothing.
+
+    Raises whatever is wrong with the request as its own class of `epctl.errors`, and LaunchError
+    with a failing rank's exit code.
     """
+    if check:
+        raise ConfigError("`--check` is not built yet")
+    job = check_request(resolved, output)
+    resume = job.config.run.resume
+    folder = Path(resume) if resume is not None else choose_run_folder(job.config.run.output)
+    if dry_run:
+        model_config = job.source.config if job.source is not None else None
+        rank_bytes = count_state(
+            job.config, model_config, job.placement, os.environ, bfloat16=job.bfloat16
+        )
+        show_dry_run(resolved, job.placement, folder, job.deepspeed(), rank_bytes, output)
+        return
+    folder = reopen_run_folder(folder) if resume is not None else create_run_folder(folder)
+    launch(job, folder, output, verbose=verbose)
+
+
+def check_request(resolved: ResolvedConfig, output: Output) -> Job:
+    """Returns the job, everything decided that can be decided before a rank starts."""
+    from epctl.runtime.data_files import find_records
     from epctl.runtime.mesh import validate_expert_parallel
 
     config = resolved.config
+    source, num_experts = None, DEFAULT_NUM_EXPERTS
+    if config.model.reference is not None:
+        source, layout = open_reference(config.model.reference)
+        assert layout.moe is not None
+        num_experts = layout.moe.num_experts
+        for warning in layout.warnings:
+            output.note(f"{source.id}: {warning}")
     placement = place_ranks(
         device=config.parallel.device,
         num_ranks=config.parallel.num_ranks,
         ep=config.parallel.ep,
         gpus=count_gpus(),
     )
-    validate_expert_parallel(config.parallel.ep, placement.num_ranks, DEFAULT_NUM_EXPERTS)
+    validate_expert_parallel(config.parallel.ep, placement.num_ranks, num_experts)
+    for patterns, split in (
+        (config.data.train, config.data.split),
+        (config.data.eval, config.data.eval_split),
+    ):
+        if patterns:
+            find_records(patterns, split)
+    require_tracker(config.run.track)
     warn_of_ignored_settings(resolved, output)
-    folder = choose_run_folder(config.run.output)
-    if dry_run:
-        _show_dry_run(resolved, placement, folder, output)
-        return
-    folder = create_run_folder(folder)
-    (folder / "config.json").write_text(resolved.to_json(), encoding="utf-8")
-    (folder / "ds_config.json").write_text(_ds_json(config, placement), encoding="utf-8")
-    command = launch_command(folder, placement)
-    (folder / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
-    output.note(f"starting {placement.num_ranks} ranks ({placement.reason})")
-    view = RunView(output, folder)
+    return Job(resolved, placement, source, checkpoint_to_resume(resolved, placement))
+
+
+def launch(
+    job: Job, folder: Path, output: Output, *, verbose: bool, program: str = "train"
+) -> None:
+    """Writes the run folder, starts the ranks and follows them to the end."""
+    write_run_folder(job, folder, program)
+    command = launch_command(folder, job.placement, program)
+    output.note(f"starting {job.placement.num_ranks} ranks ({job.placement.reason})")
+    view = RunView(output, folder, open_tracker(job.config.run.track, folder, job.config))
     try:
-        environment = rank_environment(placement, os.environ)
+        environment = rank_environment(job.placement, os.environ)
         run_job(command, environment, folder, view, verbose_to=output if verbose else None)
     finally:
         view.close()
 
 
-def warn_of_ignored_settings(resolved: ResolvedConfig, output: Output) -> None:
-    """Says which given settings this run will not use."""
-    optim = resolved.config.optim
-    muon_only = ("momentum", "nesterov", "update_scale", "newton_schulz_steps", "router")
-    if optim.name == "adamw":
-        for name in muon_only:
-            if resolved.sources[f"optim.{name}"] != "default":
-                output.warning(f"`optim.{name}` is ignored: the optimizer is adamw")
-    if optim.schedule != "wsd" and resolved.sources["optim.decay_ratio"] != "default":
-        output.warning(f"`optim.decay_ratio` is ignored: the schedule is {optim.schedule}")
-
-
-def _bfloat16(config: RunConfig, placement: Placement) -> bool:
-    precision = config.train.precision
-    return precision == "bfloat16" or (precision == "auto" and placement.device == "cuda")
-
-
-def _ds_json(config: RunConfig, placement: Placement) -> str:
-    on_cpu = placement.device == "cpu"
-    document = deepspeed_config(config, bfloat16=_bfloat16(config, placement), on_cpu=on_cpu)
-    return json.dumps(document, indent=2) + "\n"
-
-
-def _show_dry_run(
-    resolved: ResolvedConfig, placement: Placement, folder: Path, output: Output
-) -> None:
-    values = _flat_values(resolved.config)
-    document: dict[str, Any] = {
-        "config": {
-            key: {"value": value, "source": resolved.sources[key]} for key, value in values.items()
-        },
-        "deepspeed": json.loads(_ds_json(resolved.config, placement)),
-        "command": launch_command(folder, placement),
-        "placement": placement.reason,
-    }
-    output.document(document)
-    width = max(map(len, values))
-    for key, value in values.items():
-        output.text(f"{key:<{width}}  {value!s:<16}  {resolved.sources[key]}")
-    output.text("\nDeepSpeed config\n" + json.dumps(document["deepspeed"], indent=2))
-    output.text(f"\nranks: {placement.num_ranks} ({placement.reason})")
-    output.text("command: " + shlex.join(document["command"]))
-
-
-def _flat_values(config: RunConfig) -> dict[str, Any]:
-    sections = config.model_dump()
-    return {f"{s}.{name}": v for s, values in sections.items() for name, v in values.items()}
+def write_run_folder(job: Job, folder: Path, program: str) -> None:
+    """Writes what the ranks read: settings, DeepSpeed JSON, command, where the model lies."""
+    resolved = job.resolved
+    if job.checkpoint is not None:
+        resolved = resolved.replaced("run.resume", str(job.checkpoint))
+    (folder / "config.json").write_text(resolved.to_json(), encoding="utf-8")
+    document = json.dumps(job.deepspeed(), indent=2) + "\n"
+    (folder / "ds_config.json").write_text(document, encoding="utf-8")
+    command = shlex.join(launch_command(folder, job.placement, program))
+    (folder / "command.txt").write_text(command + "\n", encoding="utf-8")
+    if job.source is not None:
+        fetch(job.source, job.config.model).write(folder)

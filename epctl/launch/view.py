@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epctl.launch.chart import braille_chart, write_loss_png
+from epctl.launch.track import Tracker, tracked_values
 from epctl.output import Mode, Output, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ Event = dict[str, Any]
 class RunView:
     """Renders events as they come: a live bar on a terminal, a plain line a report elsewhere."""
 
-    def __init__(self, output: Output, run_folder: Path) -> None:
+    def __init__(self, output: Output, run_folder: Path, tracker: Tracker | None = None) -> None:
         self.output = output
+        self.tracker = tracker
         self.run_folder = run_folder
         self.steps: list[Event] = []
-        self.evals: dict[str, float] = {}
+        self.evals: list[Event] = []
         self.samples: dict[str, Event] = {}
         self.plan: Event = {}
         self._progress: Progress | None = None
@@ -31,12 +33,21 @@ class RunView:
 
     def __call__(self, event: Event) -> None:
         self.output.record(event)
+        values = tracked_values(event)
+        if self.tracker is not None and values:
+            self.tracker.log(values, event["step"])
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
             handler(event)
 
     def close(self) -> None:
-        """Stops the live bar, so that an error message starts on a clean line."""
+        """Stops the live bar and the tracker, so that an error starts on a clean line."""
+        if self.tracker is not None:
+            self.tracker.close()
+            self.tracker = None
+        self._stop_bar()
+
+    def _stop_bar(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -50,9 +61,32 @@ class RunView:
 
     def _on_eval(self, event: Event) -> None:
         if event["when"] == "after":
-            self.close()
-        self.evals[event["when"]] = event["loss"]
-        self.output.note(f"held-out loss {event['when']} training: {event['loss']:.4f}")
+            self._stop_bar()
+        self.evals.append(event)
+        when = "at step" if event["when"] == "step" else f"{event['when']} training, step"
+        self.output.note(f"held-out loss {when} {event['step']}: {event['loss']:.4f}")
+
+    def _on_data(self, event: Event) -> None:
+        self.output.note(data_line(event))
+        if event["truncated"]:
+            self.output.warning(
+                f"{event['truncated']} conversations are longer than a sequence and lose their end"
+            )
+        if event["without_target"]:
+            self.output.warning(f"{event['without_target']} records with nothing to learn skipped")
+
+    def _on_loaded(self, event: Event) -> None:
+        widened = event["num_widened"]
+        self.output.note(
+            f"rank 0 read {format_bytes(event['num_bytes'])} of weights in "
+            f"{format_seconds(event['seconds'])}"
+            + (f", {widened} tensors widened to float32" if widened else "")
+        )
+        for note in event["notes"]:
+            self.output.note(note)
+
+    def _on_checkpoint(self, event: Event) -> None:
+        self.output.note(f"checkpoint of step {event['step']}: {event['folder']}")
 
     def _on_sample(self, event: Event) -> None:
         self.samples[event["when"]] = event
@@ -77,7 +111,9 @@ class RunView:
         columns = ("step", MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[facts]}"))
         console = self.output.console()
         self._progress = Progress(*columns, TimeLeft(), console=console)
-        self._task = self._progress.add_task("", total=self.plan["steps"], facts="")
+        first = self.plan["first_step"]
+        total = self.plan["steps"]
+        self._task = self._progress.add_task("", total=total, completed=first, facts="")
         self._progress.start()
 
     def _on_saved(self, event: Event) -> None:
@@ -90,7 +126,7 @@ class RunView:
         self.close()
         steps = [step["step"] for step in self.steps]
         losses = [step["loss"] for step in self.steps]
-        held_out = _held_out_points(self.evals, steps[-1])
+        held_out = [(float(event["step"]), event["loss"]) for event in self.evals]
         title = f"{self.plan['model']}, ep {self.plan['ep']}, ZeRO-{self.plan['zero']}"
         write_loss_png(self.run_folder / "loss.png", steps, losses, held_out, title)
         if self.output.mode is Mode.HUMAN:
@@ -101,7 +137,7 @@ class RunView:
         for when in ("before", "after"):
             if when in self.samples:
                 self.output.text(f"\nsample {when} training:\n" + sample_text(self.samples[when]))
-        before, after = self.evals["before"], self.evals["after"]
+        before, after = self.evals[0]["loss"], self.evals[-1]["loss"]
         mean_rate = sum(s["tokens_per_second"] for s in self.steps) / len(self.steps)
         self.output.text(
             f"\nheld-out loss {before:.4f} -> {after:.4f} "
@@ -114,17 +150,21 @@ class RunView:
             self.output.text(f"model       {self.run_folder / 'model'} (loads in transformers)")
 
 
-def _held_out_points(evals: dict[str, float], last_step: int) -> list[tuple[float, float]]:
-    places = {"before": 0.0, "after": float(last_step)}
-    return [(places[when], loss) for when, loss in evals.items()]
-
-
 def facts(event: Event) -> str:
     """Returns what a report says besides the step: loss, speed, memory, expert load."""
     return (
         f"loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s  "
         f"{event['seconds_per_step']:.2f} s/step  norm {event['grad_norm']:.2f}  "
         f"{format_bytes(event['memory_bytes'])}  load {event['expert_load']:.1f}x"
+    )
+
+
+def data_line(event: Event) -> str:
+    """Returns what the data came to."""
+    return (
+        f"data: {event['documents']:,} documents ({event['format']}), "
+        f"{format_count(event['tokens'])} tokens, {event['targets'] / event['tokens']:.0%} of them "
+        f"targets, {event['rows']:,} sequences and {event['held_out_rows']:,} held out"
     )
 
 
@@ -157,6 +197,13 @@ def plan_panel(event: Event) -> Table:
     return table
 
 
+def _frozen_row(event: Event) -> list[tuple[str, str]]:
+    if not event["num_frozen"]:
+        return []
+    count = format_count(event["num_frozen"])
+    return [("frozen", f"{count} parameters (trained: {event['trained']}), no optimizer state")]
+
+
 def _plan_rows(event: Event) -> list[tuple[str, str]]:
     bytes_total = (
         event["bytes_parameters"] + event["bytes_masters"] + event["bytes_optimizer_state"]
@@ -185,6 +232,7 @@ def _plan_rows(event: Event) -> list[tuple[str, str]]:
             f"{event['num_muon_matrices']:,} matrices",
         ),
         ("AdamW", f"{format_count(event['num_adamw'])} parameters"),
+        *_frozen_row(event),
         (
             "state a rank",
             f"{format_bytes(bytes_total)}: parameters {format_bytes(event['bytes_parameters'])}, "

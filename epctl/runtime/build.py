@@ -17,6 +17,7 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.mesh import Mesh, validate_expert_parallel
 from epctl.runtime.moe import ExpertParallelMoE, RouterRule
 from epctl.runtime.names import hub_tensors
+from epctl.runtime.trainable import select_trainable
 from epctl.runtime.weights import WeightSource
 
 
@@ -29,6 +30,7 @@ def build_model(
     device: torch.device,
     zero3_config: dict[str, Any] | None = None,
     swap: bool = True,
+    trainable: str = "all",
 ) -> nn.Module:
     """Returns the model with this rank's experts and weights from `weights`.
 
@@ -36,15 +38,17 @@ def build_model(
         config: a transformers DeepseekV3Config.
         swap: false keeps transformers' blocks with all experts, for DeepSpeed's own AutoEP.
         zero3_config: the DeepSpeed config when parameters are to be partitioned (ZeRO-3).
+        trainable: what is trained; see `select_trainable`.
 
     Raises:
-        ConfigError: the ep size does not divide the experts.
+        ConfigError: the ep size does not divide the experts, or `trainable` names nothing.
         InputError: `weights` lacks a tensor or holds one of another shape.
     """
     validate_expert_parallel(mesh.ep_size, mesh.num_ranks, config.n_routed_experts)
     model = meta_model(config, dtype)
     if swap:
         swap_moe_blocks(model, config, mesh, dtype)
+    select_trainable(model, trainable, config.n_routed_experts)
     for prefix, module in load_units(model):
         materialize(module, prefix, weights, device)
         if zero3_config is not None:
@@ -80,6 +84,15 @@ def swap_moe_blocks(model: nn.Module, config: Any, mesh: Mesh, dtype: torch.dtyp
             )
         model.set_submodule(name, layer)
     return len(blocks)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Makes backward recompute each decoder layer; non-reentrant, which ZeRO-3's hooks need."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+    else:  # its name before transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
 
 
 def load_units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epctl.errors import ResourceError
+from epctl.layout.source import read_shard_header
 from epctl.output import format_bytes
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.mesh import Mesh
@@ -28,12 +30,17 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def save_model(
-    model: nn.Module, mesh: Mesh, folder: Path, write_extras: Callable[[Path], None]
+    model: nn.Module,
+    mesh: Mesh,
+    folder: Path,
+    write_extras: Callable[[Path], None],
+    write_state: Callable[[Path], None] | None = None,
 ) -> int:
     """Writes `folder` as a Hugging Face model; returns its bytes. A collective.
 
     Args:
         write_extras: called on rank 0 with the staging folder, for config and tokenizer.
+        write_state: called on every rank with the staging folder, for what a resume needs.
 
     Raises:
         ResourceError: the disk cannot hold it, or filled up; the staging folder is removed.
@@ -49,8 +56,10 @@ def save_model(
         index = _write_shards(model, mesh, staging)
         if mesh.rank == 0:
             write_extras(staging)
-    except OSError as error:
-        failure = f"cannot write `{staging}`: {error.strerror or error}"
+        if write_state is not None:
+            write_state(staging)
+    except (OSError, SafetensorError) as error:  # safetensors wraps ENOSPC in its own exception
+        failure = f"cannot write `{staging}`: {getattr(error, 'strerror', None) or error}"
     return _commit(folder, staging, mesh, index, failure)
 
 
@@ -82,16 +91,17 @@ def _commit(
 def _publish(folder: Path, staging: Path, indexes: list[dict[str, str]]) -> int:
     weight_map = {name: file for index in indexes for name, file in index.items()}
     files = sorted(set(weight_map.values()))
-    total = sum((staging / file).stat().st_size for file in files)
+    headers = [read_shard_header(staging / file) for file in files]
+    total = sum(entry.num_bytes for header in headers for entry in header.tensors.values())
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (staging / INDEX_NAME).write_text(json.dumps(document, indent=1), encoding="utf-8")
     for path in staging.iterdir():
-        _sync(path)
-    _sync(staging)
+        sync_path(path)
+    sync_path(staging)
     if folder.exists():
         shutil.rmtree(folder)
     staging.rename(folder)
-    _sync(folder.parent)
+    sync_path(folder.parent)
     return total
 
 
@@ -150,12 +160,9 @@ class _ShardWriter:
             return
         self.num_files += 1
         file = f"{self.stem}-{self.num_files:05d}.safetensors"
-        try:
-            save_file(self.pending, self.folder / file, metadata={"format": "pt"})
-        except Exception as error:  # safetensors wraps ENOSPC in its own exception
-            raise OSError(f"{file}: {error}") from error
+        save_file(self.pending, self.folder / file, metadata={"format": "pt"})
         os.chmod(self.folder / file, 0o666 & ~_umask())
-        _sync(self.folder / file)
+        sync_path(self.folder / file)
         self.index.update(dict.fromkeys(self.pending, file))
         self.pending = {}
 
@@ -166,7 +173,8 @@ def _umask() -> int:
     return current
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

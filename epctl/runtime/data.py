@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from epctl.errors import InputError
+from epctl.runtime.data_batch import Batch
 
 # One file in ten is held out, chosen by its name, so the split is the same everywhere.
 HELD_OUT_SHARE = 10
@@ -68,3 +69,26 @@ def sample_batch(
         start = int.from_bytes(digest[:8], "little") % (len(text) - sequence_length)
         rows.append(text[start : start + sequence_length])
     return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+class ByteData:
+    """The embedded default's training data: samples of a corpus, drawn without end."""
+
+    def __init__(self, corpus: ByteCorpus, sequence_length: int, seed: int) -> None:
+        self.corpus = corpus
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.num_train_rows: int | None = None
+
+    def train_batch(self, first: int, count: int) -> Batch:
+        return Batch.of_ids(
+            sample_batch(self.corpus.train, first, count, self.sequence_length, self.seed)
+        )
+
+    def held_out_batch(self, first: int, count: int) -> Batch:
+        return Batch.of_ids(
+            sample_batch(self.corpus.held_out, first, count, self.sequence_length, seed=0)
+        )
+
+    def prompt(self, num_tokens: int) -> list[int]:
+        return [int(byte) for byte in self.corpus.held_out[:num_tokens]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,19 +13,24 @@ from torch import nn
 
 from epctl.config import OptimSection, RunConfig
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.attention_logits import AttentionLogits
+from epctl.runtime.data_batch import Batch
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
 from epctl.runtime.optimizer import MatrixOptimizer
 from epctl.runtime.parameter_groups import parameter_groups, row_blocks
+from epctl.runtime.qk_clip import clip_factors
 from epctl.runtime.schedule import rate_factor
 
 
 def create_engine(
     model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any]
-) -> tuple[Any, MatrixOptimizer, Any]:
+) -> tuple[Any, torch.optim.Optimizer, Any]:
     """Returns (engine, optimizer, scheduler), the optimizer wired to the engine's partitions."""
     import deepspeed
 
+    if config.optim.name == "deepspeed-muon":
+        return _create_deepspeed_muon(model, config, deepspeed_config)
     optimizers: list[MatrixOptimizer] = []
 
     def make_optimizer(_: Any) -> MatrixOptimizer:
@@ -40,10 +47,32 @@ def create_engine(
     )
     optimizer = optimizers[-1]
     optimizer.wire(seams.flat_partitions(engine), engine.device)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
+    interval = 1 if config.optim.qk_clip is not None else config.optim.attention_logit_interval
+    if interval:
+        optimizer.attention_logits = AttentionLogits(engine.module, interval)
+    return engine, optimizer, _scheduler(optimizer, config)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate_factor(step, config.train.steps, config.optim)
     )
-    return engine, optimizer, scheduler
+
+
+def _create_deepspeed_muon(
+    model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any]
+) -> tuple[Any, torch.optim.Optimizer, Any]:
+    """The engine's own Muon, for comparison; its config names the optimizer."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=deepspeed_config,
+        dist_init_required=False,
+    )
+    optimizer = seams.client_optimizer(engine)
+    return engine, optimizer, _scheduler(optimizer, config)
 
 
 def create_optimizer(model: nn.Module, optim: OptimSection) -> MatrixOptimizer:
@@ -83,7 +112,7 @@ class StateBytes:
         return self.parameters + self.masters + self.optimizer_state
 
 
-def count_state_bytes(engine: Any, optimizer: MatrixOptimizer) -> StateBytes:
+def count_state_bytes(engine: Any, optimizer: torch.optim.Optimizer) -> StateBytes:
     """Counts parameter, master and optimizer-state bytes of this rank."""
     parameters = sum(_held(p) * p.element_size() for p in engine.module.parameters())
     flats = [partition.flat for partition in seams.flat_partitions(engine)]
@@ -104,22 +133,59 @@ def _held(parameter: nn.Parameter) -> int:
 
 
 def train_step(
-    engine: Any, scheduler: Any, batches: list[torch.Tensor], config: RunConfig, mesh: Mesh
+    engine: Any,
+    scheduler: Any,
+    batches: Sequence[Batch | torch.Tensor],
+    config: RunConfig,
+    mesh: Mesh,
 ) -> tuple[float, float]:
-    """Runs one optimizer step over its micro-batches; returns (mean loss, raw gradient norm)."""
+    """Runs one optimizer step over its micro-batches; returns (mean loss, raw gradient norm).
+
+    The loss is the mean over the targets of all ranks and micro-steps together, so a batch with
+    few targets does not weigh as much as a full one.
+    """
+    micro_batches = [_as_batch(batch) for batch in batches]
+    num_micro_batches = len(batches) * dist.get_world_size()
+    targets = torch.tensor(float(sum(b.num_targets for b in micro_batches)), device=engine.device)
+    dist.all_reduce(targets)
+    # The engine averages over ranks and micro-steps; a sum over this makes that the mean.
+    targets_per_micro_batch = targets.clamp_min(1) / num_micro_batches
     norm = float("nan")
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for ids_BS in batches:
-        ids_BS = ids_BS.to(engine.device)
-        loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
-        engine.backward(loss)
+    for batch in micro_batches:
+        inputs = batch.to(engine.device).model_inputs()
+        result = engine(**inputs, use_cache=False, num_items_in_batch=targets_per_micro_batch)
+        engine.backward(result.loss)
         if config.parallel.zero == 0 and engine.is_gradient_accumulation_boundary():
-            norm = seams.clip_gradients_zero0(engine, mesh, config.optim.gradient_clipping)
+            # DeepSpeed's own Muon runs unclipped at every stage: ds_config.py.
+            own = config.optim.name != "deepspeed-muon"
+            bound = config.optim.gradient_clipping if own else 0.0
+            norm = seams.clip_gradients_zero0(engine, mesh, bound)
+        if engine.is_gradient_accumulation_boundary():
+            _before_optimizer_step(engine, config, norm)
         engine.step()
-        total += loss.detach().double()
+        total += result.loss.detach().double()
     scheduler.step()
     dist.all_reduce(total)
-    mean = total / (len(batches) * dist.get_world_size())
     if config.parallel.zero > 0:
         norm = seams.gradient_norm(engine)
-    return cast(float, mean.item()), norm
+    return cast(float, (total / num_micro_batches).item()), norm
+
+
+def _as_batch(batch: Batch | torch.Tensor) -> Batch:
+    return Batch.of_ids(batch) if isinstance(batch, torch.Tensor) else batch
+
+
+def _before_optimizer_step(engine: Any, config: RunConfig, norm: float) -> None:
+    """Tells epctl's optimizer what it must know of this step; `norm` is meant at ZeRO-0 only."""
+    optimizer = seams.client_optimizer(engine)
+    if not isinstance(optimizer, MatrixOptimizer):
+        return
+    if config.parallel.zero == 0:
+        optimizer.skip_next_step(not math.isfinite(norm))
+    if optimizer.attention_logits is None:
+        return
+    report, bound = optimizer.attention_logits.collect(), config.optim.qk_clip
+    if report is not None and bound is not None:
+        maxima = optimizer.attention_logits.latest
+        optimizer.scale_rows_after_step(clip_factors(engine.module, maxima, bound))

@@ -11,21 +11,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+
+from epctl.runtime.data_batch import Batch
 
 
 @torch.no_grad()
-def held_out_loss(engine: Any, batches: Iterable[Tensor]) -> float:
-    """Returns the mean loss over every rank's batches, float64 sums."""
+def held_out_loss(engine: Any, batches: Iterable[Batch]) -> float:
+    """Returns the mean loss over all targets of every rank's batches, float64 sums."""
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for ids_BS in batches:
-        ids_BS = ids_BS.to(engine.device)
-        loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
-        total += torch.stack((loss.double(), torch.ones_like(loss, dtype=torch.float64)))
+    for batch in batches:
+        inputs = batch.to(engine.device).model_inputs()
+        loss = engine(**inputs, use_cache=False, num_items_in_batch=1).loss
+        total[0] += loss.double()
+        total[1] += batch.num_targets
     dist.all_reduce(total)
     engine.train()
-    return float(total[0] / total[1])
+    return float(total[0] / total[1].clamp_min(1))
 
 
 @torch.no_grad()

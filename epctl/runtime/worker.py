@@ -1,4 +1,4 @@
-"""What torchrun starts on every rank: `python -m epctl.runtime.worker RUN_FOLDER`.
+"""What torchrun starts on every rank: `python -m epctl.runtime.worker RUN_FOLDER PROGRAM`.
 
 Sends the rank's output to its own log before anything noisy is imported, runs the trainer, and
 leaves a record of a failure that the launcher can explain.
@@ -21,20 +21,32 @@ from epctl.errors import EpctlError, exit_code_of
 PEER_LOSS = ("connection closed by peer", "connection reset", "broken pipe", "read error")
 
 
-def main(run_folder: Path) -> int:
-    """Trains; returns the exit code. A failure leaves `logs/failure-rank-K.json`."""
+def main(run_folder: Path, program: str) -> int:
+    """Runs `train` or `check`; returns the exit code.
+
+    A failure leaves `logs/failure-rank-K.json`.
+    """
     rank = int(os.environ["RANK"])
     _log_to_file(run_folder / "logs" / f"rank-{rank}.log")
     _follow_parent_into_death()
     try:
-        from epctl.runtime.train import train
-
-        train(run_folder)
+        _run(run_folder, program)
     except Exception as error:
         traceback.print_exc()
         record_failure(run_folder, rank, error)
         return exit_code_of(error)
     return 0
+
+
+def _run(run_folder: Path, program: str) -> None:
+    if program == "check":
+        from epctl.runtime.check import check
+
+        check(run_folder)
+    else:
+        from epctl.runtime.train import train
+
+        train(run_folder)
 
 
 def record_failure(run_folder: Path, rank: int, error: Exception) -> None:
@@ -67,4 +79,4 @@ def _follow_parent_into_death() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

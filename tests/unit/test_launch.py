@@ -63,7 +63,7 @@ def test_cpu_ranks_see_no_gpu_and_share_the_threads(monkeypatch: pytest.MonkeyPa
 def test_launch_command_is_torchrun_behind_the_agent() -> None:
     command = launch_command(Path("/runs/a b"), Placement("cpu", 4, ""))
     assert command[1:4] == ["-m", "epctl.launch.agent", "/runs/a b"]
-    assert command[-3:] == ["--module", "epctl.runtime.worker", "/runs/a b"]
+    assert command[-4:] == ["--module", "epctl.runtime.worker", "/runs/a b", "train"]
     assert "--nproc-per-node=4" in command
 
 

@@ -1,0 +1,37 @@
+"""Says which given settings a run will not use; silence would look like consent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from epctl.config import ResolvedConfig
+from epctl.output import Output
+
+MUON_ONLY = ("momentum", "nesterov", "update_scale", "newton_schulz_steps", "router")
+
+
+def warn_of_ignored_settings(resolved: ResolvedConfig, output: Output) -> None:
+    """Writes one warning a setting that was given and has no effect."""
+    for key, reason in ignored_settings(resolved):
+        if resolved.is_given(key):
+            output.warning(f"`{key}` is ignored: {reason}")
+
+
+def ignored_settings(resolved: ResolvedConfig) -> Iterator[tuple[str, str]]:
+    """Yields (key, reason) of every setting without effect in this configuration."""
+    config = resolved.config
+    if config.optim.name == "adamw":
+        yield from ((f"optim.{name}", "the optimizer is adamw") for name in MUON_ONLY)
+    if config.optim.schedule != "wsd":
+        yield "optim.decay_ratio", f"the schedule is {config.optim.schedule}"
+    if config.model.reference is None:
+        yield "model.tokenizer", "without MODEL the embedded tokenizer belongs to the model"
+        yield "model.trust_remote_code", "without MODEL nothing remote is read"
+    if config.model.reference is None and not config.data.train:
+        reason = "without MODEL and `--data` the embedded text is used"
+        for name in ("eval", "format", "packing", "held_out_share", "shuffle"):
+            yield f"data.{name}", reason
+    if config.data.eval:
+        yield "data.held_out_share", "`--eval-data` is given"
+    if config.run.checkpoint_every == 0:
+        yield "run.keep_checkpoints", "`run.checkpoint_every` is 0"

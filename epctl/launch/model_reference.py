@@ -1,0 +1,171 @@
+"""What MODEL is, decided from its files before anything starts; no torch.
+
+A checkpoint that cannot be trained is refused here, in a second, not by every rank after minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from epctl.config import ModelSection
+from epctl.errors import ConfigError, HubError, InputError, LayoutError
+from epctl.hub import parse_reference, resolve
+from epctl.layout.detect import detect
+from epctl.layout.model import ModelLayout
+from epctl.layout.source import ModelSource
+
+FILE_NAME = "model.json"
+# Built by transformers' DeepseekV3 classes; the other members of the family differ in attention.
+TRAINABLE_TYPES = ("deepseek_v3", "kimi_k2")
+WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """Where a model and its tokenizer lie on this disk, and which commit they are."""
+
+    id: str
+    revision: str | None
+    folder: str
+    tokenizer_folder: str
+    trust_remote_code: bool
+
+    def write(self, run_folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        (run_folder / FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, run_folder: Path) -> LocalModel:
+        return cls(**json.loads((run_folder / FILE_NAME).read_text(encoding="utf-8")))
+
+
+def open_reference(reference: str) -> tuple[ModelSource, ModelLayout]:
+    """Returns config, tensor table and layout of what MODEL names.
+
+    Raises InputError or HubError when it cannot be read, LayoutError when it cannot be trained.
+    """
+    try:
+        source = resolve(reference)
+    except HubError as error:
+        raise HubError(
+            f"{error.message}; there is no folder `{reference}` either",
+            hint="give the path of a local copy: `epctl train ./FOLDER`"
+            + (f"; {error.hint}" if error.hint else ""),
+        ) from None
+    layout = detect(source)
+    require_trainable(layout)
+    return source, layout
+
+
+def require_trainable(layout: ModelLayout) -> None:
+    """Raises LayoutError, with what to do instead, unless epctl can train this layout."""
+    moe = layout.moe
+    quantization = moe.storage.quantization if moe is not None else None
+    if quantization is not None or layout.dtype.startswith("F8"):
+        raise LayoutError(
+            f"`{layout.id}` is stored quantised ({quantization or layout.dtype}); "
+            "training needs bfloat16 or float32 weights",
+            hint=dequantize_hint(layout.id),
+        )
+    if layout.model_type not in TRAINABLE_TYPES or moe is None:
+        raise LayoutError(
+            f"`{layout.id}` has model_type `{layout.model_type}`; `epctl train` builds "
+            f"{' and '.join(f'`{t}`' for t in TRAINABLE_TYPES)}, DeepSeek-V3's layout, so far",
+            hint=f"`epctl inspect {layout.id}` shows what is known of it",
+        )
+    layout.require_trainable()
+
+
+def dequantize_hint(model_id: str) -> str:
+    """Returns the command that makes a trainable copy of a quantised checkpoint."""
+    return (
+        f"make a bfloat16 copy first: `epctl convert shard {model_id} --ep 1 --dtype bf16 "
+        "-o FOLDER`"
+    )
+
+
+def fetch(source: ModelSource, model: ModelSection) -> LocalModel:
+    """Returns the model on this disk, downloading a hub model and its tokenizer first.
+
+    Raises HubError without a network, InputError if the tokenizer is not usable as asked.
+    """
+    if model.trust_remote_code:
+        _require_pinned(model)
+    folder = source.folder or _download(source.id, source.revision, source.kind, model)
+    tokenizer = folder if model.tokenizer is None else _tokenizer_folder(model)
+    check_tokenizer(tokenizer, model)
+    return LocalModel(
+        source.id, source.revision, str(folder), str(tokenizer), model.trust_remote_code
+    )
+
+
+def _download(
+    model_id: str, revision: str | None, kind: str, model: ModelSection, *, weights: bool = True
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = list(WEIGHT_FILES if weights else TOKENIZER_FILES)
+    patterns += ["*.py"] if model.trust_remote_code else []
+    if kind == "catalog":
+        raise HubError(
+            f"the weights of `{model_id}` are not on this disk and the hub cannot be reached; "
+            "only the bundled catalog knows the model",
+            hint="give the path of a local copy: `epctl train ./FOLDER`",
+        )
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # network errors of several libraries
+        raise HubError(
+            f"`{model_id}` cannot be downloaded: {type(error).__name__}: {error}",
+            hint="give the path of a local copy: `epctl train ./FOLDER`",
+        ) from None
+
+
+def _tokenizer_folder(model: ModelSection) -> Path:
+    assert model.tokenizer is not None
+    path = Path(model.tokenizer).expanduser()
+    if path.is_dir():
+        return path
+    model_id, revision = parse_reference(model.tokenizer)
+    return _download(model_id, revision, "hub", model, weights=False)
+
+
+def _require_pinned(model: ModelSection) -> None:
+    """A moving branch plus remote code runs whatever somebody pushes next."""
+    for reference in (model.tokenizer, model.reference):
+        if reference is None or Path(reference).expanduser().is_dir():
+            continue
+        _, revision = parse_reference(reference)
+        if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
+            raise ConfigError(
+                f"`--trust-remote-code` needs a pinned revision, `{reference}` names none",
+                hint=f"write `{reference.partition('@')[0]}@COMMIT` with the 40 hex digits of the "
+                "commit that you have read",
+            )
+
+
+def check_tokenizer(folder: Path, model: ModelSection) -> None:
+    """Raises InputError if `folder` has no tokenizer, or one that only its own code can read."""
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in known):
+        raise InputError(
+            f"`{folder}` holds no tokenizer (none of {', '.join(known)})",
+            hint="give one with `--tokenizer PATH|ID`",
+        )
+    config_path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"`{config_path}` is not JSON: {error}") from None
+    needs_code = "auto_map" in config and not (folder / "tokenizer.json").is_file()
+    if needs_code and not model.trust_remote_code:
+        raise InputError(
+            f"the tokenizer in `{folder}` is Python code of the repository, which epctl does not "
+            "run unasked",
+            hint="read the code, then pass `--trust-remote-code` with a pinned revision "
+            "(`org/name@COMMIT`); or give another tokenizer with `--tokenizer PATH|ID`",
+        )

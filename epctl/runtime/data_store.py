@@ -1,0 +1,127 @@
+"""Tokenised documents on disk: every rank writes a share, every rank reads all of them.
+
+Rank K tokenises records K, K + N, K + 2N and so on, so the order of documents does not depend on
+the number of ranks. Files hold plain numbers; memory stays at the page cache's mercy however large
+the data is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epctl.errors import InputError
+from epctl.runtime.data_encode import Encoded, Encoder
+from epctl.runtime.data_files import Record
+from epctl.runtime.data_packing import Integers
+
+ID_TYPE = np.int32
+# Fibonacci hashing spreads record numbers evenly, so held-out documents come from all over.
+SPREAD = 0x9E3779B97F4A7C15
+
+
+@dataclass
+class StoredCounts:
+    """What one rank wrote."""
+
+    documents: int = 0
+    tokens: int = 0
+    targets: int = 0
+    without_target: int = 0
+
+
+class DocumentWriter:
+    """Appends documents to `<stem>.ids`, `<stem>.trained` and, at the end, `<stem>.npy`."""
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+        self.counts = StoredCounts()
+        self._ids = stem.with_suffix(".ids").open("wb")
+        self._trained = stem.with_suffix(".trained").open("wb")
+        self._rows: list[tuple[int, int]] = []
+
+    def add(self, index: int, document: Encoded) -> None:
+        """Adds the document that is record `index` of the source; skips one without a target."""
+        ids = np.asarray(document.ids, dtype=ID_TYPE)
+        trained = np.ones(len(ids), dtype=np.uint8)
+        if document.trained is not None:
+            trained = np.asarray(document.trained, dtype=np.uint8)
+        if not trained[1:].any():
+            self.counts.without_target += 1
+            return
+        self._ids.write(ids.tobytes())
+        self._trained.write(trained.tobytes())
+        self._rows.append((index, len(ids)))
+        self.counts.documents += 1
+        self.counts.tokens += len(ids)
+        self.counts.targets += int(trained[1:].sum())
+
+    def close(self) -> StoredCounts:
+        self._ids.close()
+        self._trained.close()
+        rows = np.array(self._rows, dtype=np.int64).reshape(-1, 2)
+        np.save(self.stem.with_suffix(".npy"), rows, allow_pickle=False)
+        return self.counts
+
+
+class StoredDocuments:
+    """The documents of all ranks' files, in the order of the source."""
+
+    def __init__(self, stems: Iterable[Path]) -> None:
+        parts = [_Part(stem) for stem in stems]
+        index = np.concatenate([part.rows[:, 0] for part in parts])
+        order = np.argsort(index, kind="stable")
+        self._parts = parts
+        self._part = np.repeat(np.arange(len(parts)), [len(p.rows) for p in parts])[order]
+        self._start = np.concatenate([part.starts for part in parts])[order]
+        self.lengths: Integers = np.concatenate([part.rows[:, 1] for part in parts])[order]
+
+    def tokens(self, document: int, start: int, stop: int) -> tuple[Integers, Integers]:
+        part = self._parts[int(self._part[document])]
+        first = int(self._start[document])
+        piece = slice(first + start, first + stop)
+        return part.ids[piece], part.trained[piece].astype(bool)
+
+
+class _Part:
+    def __init__(self, stem: Path) -> None:
+        self.rows = np.load(stem.with_suffix(".npy"), allow_pickle=False)
+        self.starts = np.cumsum(self.rows[:, 1]) - self.rows[:, 1]
+        self.ids = _memory_map(stem.with_suffix(".ids"), ID_TYPE)
+        self.trained = _memory_map(stem.with_suffix(".trained"), np.uint8)
+
+
+def _memory_map(path: Path, dtype: Any) -> Integers:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def is_held_out(index: int, share: float) -> bool:
+    """True for about `share` of all record numbers, the same ones everywhere."""
+    return (index * SPREAD) % 2**64 < share * 2**64
+
+
+def encode_share(
+    records: Iterable[Record], rank: int, num_ranks: int, encoder: Encoder, vocab_size: int
+) -> Iterator[tuple[int, Encoded]]:
+    """Yields (record number, document) of this rank's records.
+
+    Raises InputError for a record that is none, or a token id that the model has no row for.
+    """
+    for index, (where, record) in enumerate(records):
+        if index % num_ranks != rank:
+            continue
+        document = encoder(record, where)
+        highest = max(document.ids, default=0)
+        if highest >= vocab_size:
+            raise InputError(
+                f"{where}: token id {highest}, but the model's vocabulary ends at "
+                f"{vocab_size - 1}: the tokenizer belongs to another model",
+                hint="give the model's own tokenizer with `--tokenizer PATH|ID`",
+            )
+        yield index, document

@@ -1,0 +1,91 @@
+"""What a run tells about itself: the plan counted from the live model, memory, expert load."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epctl.config import RunConfig
+from epctl.runtime.engine import count_state_bytes
+from epctl.runtime.mesh import Mesh
+from epctl.runtime.moe import Router
+from epctl.runtime.names import hub_tensors
+from epctl.runtime.parameter_groups import count_split
+from epctl.runtime.training_model import TrainingModel
+
+
+def plan_of(
+    config: RunConfig,
+    mesh: Mesh,
+    engine: Any,
+    optimizer: torch.optim.Optimizer,
+    model: TrainingModel,
+) -> dict[str, Any]:
+    """Returns what is about to run, counted from the live model."""
+    split = count_split(engine.module, config.optim, mesh.ep_size)
+    state = count_state_bytes(engine, optimizer)
+    sizes = _count_parameters(engine.module)
+    total = sizes["dense"] + sizes["expert"] * mesh.ep_size
+    num_buffers = sizes["buffer"]
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "architecture": type(engine.module).__name__,
+        "num_layers": model.config.num_hidden_layers,
+        "num_experts": model.config.n_routed_experts,
+        "top_k": model.config.num_experts_per_tok,
+        "route_scale": model.config.routed_scaling_factor,
+        "num_parameters": total + num_buffers,
+        "num_parameters_rank": sizes["dense"] + sizes["expert"] + num_buffers,
+        "num_expert_parameters_rank": sizes["expert"],
+        "num_local_experts": mesh.num_local_experts(model.config.n_routed_experts),
+        "num_muon": split.num_muon,
+        "num_muon_matrices": split.num_muon_matrices,
+        "num_adamw": split.num_adamw,
+        "num_frozen": total - split.num_muon - split.num_adamw,
+        "trained": config.train.parameters,
+        "num_ranks": mesh.num_ranks,
+        "ep": mesh.ep_size,
+        "edp": mesh.edp_size,
+        "zero": config.parallel.zero,
+        "device": engine.device.type,
+        "backend": dist.get_backend(),
+        "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
+        "bytes_parameters": state.parameters,
+        "bytes_masters": state.masters,
+        "bytes_optimizer_state": state.optimizer_state,
+        "steps": config.train.steps,
+    }
+
+
+def _count_parameters(module: torch.nn.Module) -> dict[str, int]:
+    sizes = {"expert": 0, "dense": 0, "buffer": 0}
+    for tensor in hub_tensors(module):
+        is_buffer = not isinstance(tensor.tensor, torch.nn.Parameter)
+        kind = "buffer" if is_buffer else "expert" if tensor.is_expert else "dense"
+        sizes[kind] += tensor.num_elements
+    return sizes
+
+
+def expert_load(engine: Any) -> float:
+    """Returns the largest ratio max/mean of routed tokens over layers since the last report."""
+    routers = [m for m in engine.module.modules() if isinstance(m, Router)]
+    if not routers:
+        return float("nan")
+    counts_LE = torch.stack([cast(Tensor, m.tokens_per_expert) for m in routers])
+    dist.all_reduce(counts_LE)
+    for router in routers:
+        cast(Tensor, router.tokens_per_expert).zero_()
+    means_L = counts_LE.double().mean(dim=1).clamp_min(1e-9)
+    return float((counts_LE.amax(dim=1) / means_L).max())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns this rank's peak bytes: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
