@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import parity_ranks
 import torch
 import torch.distributed as dist
 
-import parity_ranks
 from epctl.config import RunConfig
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import deepspeed_seams as seams
