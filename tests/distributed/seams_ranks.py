@@ -116,10 +116,10 @@ def rates_follow_schedule(zero: int) -> dict[str, Any]:
     before = snapshot(engine)
     train_step(engine, scheduler, rank_batches(0, config), config, seams.create_mesh(2))
     still = moved(before, snapshot(engine))
-    rates = [group["lr"] / group["initial_lr"] for group in optimizer.param_groups]
     before = snapshot(engine)
     train_step(engine, scheduler, rank_batches(1, config), config, seams.create_mesh(2))
     after = moved(before, snapshot(engine))
+    rates = [group["lr"] / group["initial_lr"] for group in optimizer.param_groups]
     kinds = sorted({bool(group.get("moe")) for group in optimizer.param_groups})
     engine.destroy()
     return {"still": still, "moved": after, "rates": rates, "kinds": kinds}

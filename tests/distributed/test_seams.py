@@ -70,7 +70,8 @@ def test_fault_expert_parameters_not_following_the_schedule(ranks: Ranks, zero: 
         # w1, w3 and w2 of two layers with four local experts, except any that saw no token
         assert rates["moved"]["experts"] >= 20
         assert rates["moved"]["dense"] > 20
-        assert len({round(rate, 9) for rate in rates["rates"]}) == 1
+        # Past warm-up and into the linear decay: not 1.0, which a group left behind would have.
+        assert rates["rates"] == pytest.approx([0.7] * len(rates["rates"]))
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
