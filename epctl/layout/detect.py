@@ -211,11 +211,16 @@ class _Detector:
             shared_experts=self._shared(stack, shapes.intermediate_size),
             activation=facts.get("activation"),
             activation_rule=family.activation if family else "unknown",
+            activation_limit=self._activation_limit(),
             num_experts_by_layer=counts if varied else {},
             mtp_layers=tuple(mtp),
             other_stacks=tuple(other.prefix for other in others),
             untrainable=doubt or self._untrainable(shapes.hidden_size),
         )
+
+    def _activation_limit(self) -> float | None:
+        limit = self.facts.get("activation_limit")
+        return float(limit) if isinstance(limit, int | float) else None
 
     def _untrainable(self, expert_hidden_size: int) -> str | None:
         if self.family and self.family.untrainable:
@@ -234,15 +239,16 @@ class _Detector:
         return f"tensor `{example}` {shape}; naming `{stack.names.naming}`"
 
     def _check_orientation(self, stack: ExpertStack, transposed: bool) -> None:
-        stated = stack.names.transposed
-        if self.family is None or stack.per_expert or stated is None:
+        if self.family is None or stack.per_expert:
             return
-        known = {names.transposed for names in self.family.names}
-        if transposed not in known:
+        # When H = 2I a turned down projection alone looks like turned experts: say so.
+        same_names = [n for n in self.family.names if n.experts == stack.names.experts]
+        known = {bool(names.transposed) for names in same_names}
+        if known and transposed not in known:
+            words = {True: "[in, out]", False: "[out, in]"}
             self.warnings.append(
-                f"expert matrices are stored {'[in, out]' if transposed else '[out, in]'}; the "
-                f"{self.family.name} family stores {'[in, out]' if stated else '[out, in]'}. "
-                "Shapes decide"
+                f"expert matrices are stored {words[transposed]} by their shapes; the "
+                f"{self.family.name} family stores {words[not transposed]}"
             )
 
     def _check_width(self, intermediate_size: int) -> None:

@@ -58,6 +58,7 @@ def _moe(moe: MoELayout) -> dict[str, Any]:
         "storage": {**asdict(moe.storage), "label": moe.storage.label},
         "activation": moe.activation,
         "activation_rule": moe.activation_rule,
+        "activation_limit": moe.activation_limit,
         "router": {
             **asdict(router),
             "known": not router.missing_keys,

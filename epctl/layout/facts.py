@@ -44,6 +44,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size",
     ),
     "activation": ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function"),
+    "activation_limit": ("swiglu_limit",),
     "mtp_layers": ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"),
 }  # fmt: skip
 

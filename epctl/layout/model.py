@@ -128,7 +128,14 @@ class SharedExperts:
 
 @dataclass(frozen=True, slots=True)
 class MoELayout:
-    """The routed experts of the decoder (or of the tower, when only that has experts)."""
+    """The routed experts of the decoder (or of the tower, when only that has experts).
+
+    `activation_rule`, with act the config's `activation` and c the `activation_limit`:
+    `standard` act(gate) * up; `ungated` act(up); `clamped_swiglu` silu(min(gate, c)) * clip(up, c);
+    `swiglu_then_clamped` min(act(gate), c) * clip(up, c), c by layer or none; `gpt_oss_swiglu`
+    with gate and up clamped likewise, (up + 1) * gate * sigmoid(1.702 * gate);
+    `softcapped_swiglu` and `unknown` are not computed here.
+    """
 
     layer_prefixes: Mapping[int, str]
     dense_layers: tuple[int, ...]
@@ -142,6 +149,7 @@ class MoELayout:
     shared_experts: SharedExperts | None = None
     activation: str | None = None
     activation_rule: str = "standard"
+    activation_limit: float | None = None
     num_experts_by_layer: Mapping[int, int] = field(default_factory=dict)
     mtp_layers: tuple[int, ...] = ()
     other_stacks: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from epctl.layout.model import RouterLayout
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 Reasons = dict[str, str]
+_GROUP_KEYS = ("num_groups", "top_groups", "group_score")
 
 
 def present_name(
@@ -51,7 +52,12 @@ def build_router(
         example = groups[f"{stack.prefix}.{correction}"].names[0]
         reasons["moe.router.correction_bias"] = f"tensor `{example}`"
     rule = family.router if family and family.router else {}
-    values = {key: _resolve(key, spec, family, facts, reasons) for key, spec in rule.items()}
+    grouped = _groups_count(rule.get("groups_when"), facts, reasons)
+    values = {
+        key: _resolve(key, spec, family, facts, reasons)
+        for key, spec in rule.items()
+        if key != "groups_when" and (grouped or key not in _GROUP_KEYS)
+    }
     if not rule:
         reasons["moe.router.score_func"] = "no family states the routing rule of this model_type"
     return RouterLayout(
@@ -73,6 +79,19 @@ def build_router(
         weight_on=values.get("weight_on", "expert_output"),
         float32=bool(values.get("float32", False)),
     )
+
+
+def _groups_count(
+    condition: Mapping[str, Any] | None, facts: ConfigFacts, reasons: Reasons
+) -> bool:
+    """Returns whether groups count at all; some families need the config to name a method."""
+    if condition is None:
+        return True
+    value, reason = facts.look_up(condition["config"])
+    counts = value in condition["values"]
+    if not counts:
+        reasons["moe.router.num_groups"] = f"{reason or 'no method stated'}: groups do not count"
+    return counts
 
 
 def _count(value: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -155,7 +156,7 @@ def _merge_by_tokens(value: _Values, facts: ConfigFacts, reasons: Reasons) -> in
     if type(tokens) is not int or not image or not patch or tokens < 1:
         return None
     reasons["vision.merge_size"] = f"{reason}, image_size {image}, patch_size {patch}"
-    return round(image / patch / tokens**0.5)
+    return round(image / patch / math.sqrt(tokens))
 
 
 def _count_layers(groups: Groups, tower: str) -> int:
