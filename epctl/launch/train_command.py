@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from epctl.config import ResolvedConfig, RunConfig
-from epctl.errors import ConfigError
+from epctl.launch.check_command import check_settings, conclude
 from epctl.launch.command import launch_command, rank_environment
 from epctl.launch.devices import Placement, count_gpus, place_ranks
 from epctl.launch.dry_run import count_state, show_dry_run
@@ -61,7 +61,7 @@ def run_train(
     with a failing rank's exit code.
     """
     if check:
-        raise ConfigError("`--check` is not built yet")
+        resolved = check_settings(resolved, output)
     job = check_request(resolved, output)
     resume = job.config.run.resume
     folder = Path(resume) if resume is not None else choose_run_folder(job.config.run.output)
@@ -73,7 +73,9 @@ def run_train(
         show_dry_run(resolved, job.placement, folder, job.deepspeed(), rank_bytes, output)
         return
     folder = reopen_run_folder(folder) if resume is not None else create_run_folder(folder)
-    launch(job, folder, output, verbose=verbose)
+    launch(job, folder, output, verbose=verbose, program="check" if check else "train")
+    if check:
+        conclude(folder, output)
 
 
 def check_request(resolved: ResolvedConfig, output: Output) -> Job:

@@ -87,6 +87,11 @@ class CheckpointWeights:
             total += tensor.num_elements * DTYPE_BITS[entry.dtype] // 8
         return total
 
+    def restart(self) -> None:
+        """Counts from zero: a model is about to be built from here."""
+        self.counts = LoadCounts()
+        self.read = set()
+
     def close(self) -> None:
         """Unmaps the open shard."""
         self._file = None

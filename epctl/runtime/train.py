@@ -110,6 +110,8 @@ def build(
     ds_config = deepspeed_config(config, bfloat16=bfloat16, on_cpu=device.type == "cpu")
     swap = config.moe.implementation == "epctl"
     started = time.perf_counter()
+    if isinstance(model.weights, CheckpointWeights):
+        model.weights.restart()
     module = build_model(
         model.config,
         mesh,

@@ -1,0 +1,141 @@
+"""`epctl train --check`: two steps of the user's model and data, whole against as asked.
+
+Rank 0 first trains the unsharded model by itself; then all ranks train the asked-for layout on the
+same batches, and every difference that rounding does not explain is a row of the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from epctl.config import ResolvedConfig, RunConfig
+from epctl.errors import ConfigError
+from epctl.runtime.check_asked import AskedRun
+from epctl.runtime.check_record import TOLERANCES, choice_row, report, step_rows, weight_rows
+from epctl.runtime.check_reference import Reference, run_reference
+from epctl.runtime.data_batch import Batch, TrainingData
+from epctl.runtime.engine import create_engine
+from epctl.runtime.events import EventLog
+from epctl.runtime.mesh import Mesh
+from epctl.runtime.run_settings import rows_per_step
+from epctl.runtime.train import build, finish_rank, open_data, start_rank
+from epctl.runtime.training_model import TrainingModel, cut_depth, open_training_model
+
+REPORT_NAME = "check.json"
+WEIGHTS_NAME = "reference.safetensors"
+
+
+def check(run_folder: Path) -> None:
+    """Writes `check.json` and an event with the same content; every rank calls it."""
+    config = ResolvedConfig.from_json((run_folder / "config.json").read_text("utf-8")).config
+    device, mesh = start_rank(config)
+    events = EventLog(run_folder, mesh.rank)
+    events.write("start", ranks=mesh.num_ranks, torch=torch.__version__)
+    model = open_cut_model(config, run_folder)
+    data = open_data(config, run_folder, mesh, model, events)
+    reference = reference_on_rank_0(config, mesh, model, data, device, run_folder)
+    result = compare_asked(config, mesh, model, data, device, events, run_folder, reference)
+    events.write("check", **result)
+    finish_rank(events)
+
+
+def open_cut_model(config: RunConfig, run_folder: Path) -> TrainingModel:
+    """Returns the model, with its first layers only if the check asks for that.
+
+    Raises ConfigError if no layer with experts is left.
+    """
+    model = open_training_model(config, run_folder)
+    kept = cut_depth(model.config, config.check.num_layers)
+    num_dense = model.config.first_k_dense_replace
+    if kept <= num_dense:
+        raise ConfigError(
+            f"`--check-layers {kept}` leaves no experts: the first {num_dense} layers are dense",
+            hint=f"use `--check-layers {num_dense + 1}` or more",
+        )
+    return model
+
+
+def reference_on_rank_0(
+    config: RunConfig,
+    mesh: Mesh,
+    model: TrainingModel,
+    data: TrainingData,
+    device: torch.device,
+    folder: Path,
+) -> Reference | None:
+    """Trains the unsharded model on rank 0, which keeps its record and writes its weights."""
+    solo_group = dist.new_group([0])
+    reference = None
+    if mesh.rank == 0:
+        steps = [list(global_batches(config, mesh, data, n)) for n in range(config.check.steps)]
+        reference = run_reference(model, config, steps, device, solo_group)
+        save_file(reference.weights, folder / WEIGHTS_NAME)
+        reference.weights.clear()
+    dist.barrier()
+    return reference
+
+
+def compare_asked(
+    config: RunConfig,
+    mesh: Mesh,
+    model: TrainingModel,
+    data: TrainingData,
+    device: torch.device,
+    events: EventLog,
+    folder: Path,
+    reference: Reference | None,
+) -> dict[str, object]:
+    """Trains as asked and returns the report; it is complete on rank 0 only."""
+    module, ds_config = build(config, mesh, model, device, events)
+    engine, optimizer, scheduler = create_engine(module, config, ds_config)
+    run = AskedRun(engine, optimizer, scheduler, config, mesh)
+    steps = [list(rank_batches(config, mesh, data, n)) for n in range(config.check.steps)]
+    choices_LTK = run.choices(steps[0])
+    records = run.run(steps)
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as weights:
+        squares = run.weight_squares(weights)
+    engine.destroy()
+    if reference is None:
+        return {}
+    tolerance = TOLERANCES[device.type]
+    rows = [
+        *step_rows(reference.steps, records, tolerance),
+        choice_row(reference.choices_LTK, choices_LTK, tolerance),
+        *weight_rows(squares, len(steps), tolerance),
+    ]
+    result = report(rows, _facts(config, mesh, model))
+    (folder / REPORT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _facts(config: RunConfig, mesh: Mesh, model: TrainingModel) -> dict[str, object]:
+    return {
+        "model": model.name,
+        "num_layers": model.config.num_hidden_layers,
+        "num_ranks": mesh.num_ranks,
+        "ep": mesh.ep_size,
+        "zero": config.parallel.zero,
+        "optimizer": config.optim.name,
+    }
+
+
+def global_batches(config: RunConfig, mesh: Mesh, data: TrainingData, step: int) -> Iterator[Batch]:
+    """Yields the micro-batches of all ranks, micro-step by micro-step."""
+    train = config.train
+    first = step * rows_per_step(train, mesh.num_ranks)
+    for place in range(train.gradient_accumulation_steps * mesh.num_ranks):
+        yield data.train_batch(first + place * train.micro_batch_size, train.micro_batch_size)
+
+
+def rank_batches(config: RunConfig, mesh: Mesh, data: TrainingData, step: int) -> Iterator[Batch]:
+    """Yields this rank's share of them."""
+    for place, batch in enumerate(global_batches(config, mesh, data, step)):
+        if place % mesh.num_ranks == mesh.rank:
+            yield batch

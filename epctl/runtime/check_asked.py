@@ -1,0 +1,142 @@
+"""The asked-for side of `--check`: the layout, engine and optimizer that a long run would use.
+
+Shape suffixes: L MoE layers, M micro-batches, T tokens, K top_k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epctl.config import RunConfig
+from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.check_record import StepRecord, part_of
+from epctl.runtime.data_batch import Batch
+from epctl.runtime.engine import train_step
+from epctl.runtime.mesh import Mesh
+from epctl.runtime.moe import Router
+from epctl.runtime.names import HubTensor, hub_tensors
+
+Squares = dict[str, tuple[float, float]]
+
+
+@dataclass
+class AskedRun:
+    """An engine under observation."""
+
+    engine: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    config: RunConfig
+    mesh: Mesh
+
+    def run(self, steps: list[list[Batch]]) -> list[StepRecord]:
+        """Takes the steps on this rank's micro-batches; a collective."""
+        observer = GradientObserver(self.engine, self.mesh)
+        hook = self.optimizer.register_step_pre_hook(observer)
+        records = []
+        for batches in steps:
+            loss, norm = train_step(self.engine, self.scheduler, batches, self.config, self.mesh)
+            records.append(StepRecord(loss, norm, observer.take()))
+        hook.remove()
+        return records
+
+    @torch.no_grad()
+    def choices(self, batches: list[Batch]) -> Tensor:
+        """Returns the experts of the global batch's tokens, in its order; a collective."""
+        routers = [m for m in self.engine.module.modules() if isinstance(m, Router)]
+        found: list[list[Tensor]] = [[] for _ in routers]
+        hooks = [
+            router.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output[1]))
+            for router, seen in zip(routers, found, strict=True)
+        ]
+        self.engine.eval()
+        for batch in batches:
+            self.engine(**batch.to(self.engine.device).model_inputs(), use_cache=False)
+        self.engine.train()
+        for hook in hooks:
+            hook.remove()
+        mine_LMTK = torch.stack([torch.stack(seen) for seen in found])
+        gathered = [torch.empty_like(mine_LMTK) for _ in range(self.mesh.num_ranks)]
+        dist.all_gather(gathered, mine_LMTK)
+        # Micro-step by micro-step, rank by rank: how the reference walks through the batch.
+        return torch.stack(gathered, dim=2).flatten(1, 3).cpu()
+
+    @torch.no_grad()
+    def weight_squares(self, reference: Any) -> Squares:
+        """Returns (squared differences, squared reference weights) by part; a collective.
+
+        Args:
+            reference: an open safetensors file with every checkpoint tensor.
+        """
+        squares: dict[str, Tensor] = {}
+        for tensor in hub_tensors(self.engine.module):
+            parameters = [tensor.tensor] if isinstance(tensor.tensor, torch.nn.Parameter) else []
+            with seams.full_parameters(parameters):
+                if self._counts_here(tensor):
+                    _add_difference(squares, tensor, reference.get_tensor(tensor.name))
+        return self._summed(squares)
+
+    def _counts_here(self, tensor: HubTensor) -> bool:
+        return self.mesh.edp_rank == 0 if tensor.is_expert else self.mesh.rank == 0
+
+    def _summed(self, squares: dict[str, Tensor]) -> Squares:
+        names: list[Any] = [None] * self.mesh.num_ranks
+        dist.all_gather_object(names, {part: value.tolist() for part, value in squares.items()})
+        total: Squares = {}
+        for one in names:
+            for part, (difference, size) in one.items():
+                before = total.get(part, (0.0, 0.0))
+                total[part] = (before[0] + difference, before[1] + size)
+        return total
+
+
+def _add_difference(squares: dict[str, Tensor], tensor: HubTensor, expected: Tensor) -> None:
+    actual = tensor.local().detach().cpu().double()
+    pair = torch.stack(
+        ((actual - expected.double()).square().sum(), expected.double().square().sum())
+    )
+    part = part_of(tensor.name)
+    squares[part] = squares[part] + pair if part in squares else pair
+
+
+class GradientObserver:
+    """Sums squared gradients by part as the optimizer receives them, each element once."""
+
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.partitions = {id(p.flat): p for p in seams.flat_partitions(engine)}
+        self.part_of_parameter = {
+            id(tensor.tensor): part_of(tensor.name) for tensor in hub_tensors(engine.module)
+        }
+        self._squares: dict[str, float] = {}
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    self._add(self.partitions[id(flat)], flat.grad.view(-1))
+
+    def _add(self, partition: seams.FlatPartition, gradient: Tensor) -> None:
+        for fragment in partition.fragments_by_rank[partition.group_rank]:
+            piece = gradient[fragment.offset : fragment.offset + fragment.num_elements]
+            replicas = self._replicas(fragment.parameter) if partition.process_group is None else 1
+            part = self.part_of_parameter[id(fragment.parameter)]
+            square = float(piece.double().square().sum()) / replicas
+            self._squares[part] = self._squares.get(part, 0.0) + square
+
+    def _replicas(self, parameter: torch.nn.Parameter) -> int:
+        is_expert = seams.is_expert_parameter(parameter)
+        return self.mesh.edp_size if is_expert else self.mesh.num_ranks
+
+    def take(self) -> dict[str, float]:
+        """Returns the norms over all ranks since the last call; a collective."""
+        everyone: list[Any] = [None] * self.mesh.num_ranks
+        dist.all_gather_object(everyone, self._squares)
+        self._squares = {}
+        parts = sorted({part for squares in everyone for part in squares})
+        return {part: sum(s.get(part, 0.0) for s in everyone) ** 0.5 for part in parts}

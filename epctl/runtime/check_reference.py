@@ -1,0 +1,137 @@
+"""The unsharded side of `--check`: transformers' own model and blocks, whole, on one rank.
+
+Nothing of epctl's expert layer, exchange or ZeRO wiring is in it, so what drops the route scale or
+the correction bias there cannot drop it here too. The optimizer's arithmetic is shared; its ways
+of cutting and exchanging are not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from epctl.config import RunConfig
+from epctl.runtime.build import build_model
+from epctl.runtime.check_record import StepRecord, part_of
+from epctl.runtime.data_batch import Batch
+from epctl.runtime.deepspeed_seams import FlatPartition, Fragment
+from epctl.runtime.engine import create_optimizer
+from epctl.runtime.mesh import Mesh
+from epctl.runtime.names import hub_tensors
+from epctl.runtime.schedule import rate_factor
+from epctl.runtime.training_model import TrainingModel
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the unsharded model did."""
+
+    steps: list[StepRecord]
+    choices_LTK: Tensor
+    weights: dict[str, Tensor]
+
+
+def run_reference(
+    model: TrainingModel,
+    config: RunConfig,
+    steps: list[list[Batch]],
+    device: torch.device,
+    solo_group: dist.ProcessGroup,
+) -> Reference:
+    """Trains on the global batches of `steps` on this rank alone.
+
+    Args:
+        steps: the micro-batches of all ranks, in order, a list a step.
+        solo_group: a process group that holds only this rank.
+    """
+    whole = Mesh(0, 1, 1, 0)
+    module = build_model(
+        model.config,
+        whole,
+        model.weights,
+        dtype=torch.float32,
+        device=device,
+        swap=False,
+        trainable=config.train.parameters,
+    )
+    choices_LTK = _choices(module, steps[0], device)
+    optimizer = create_optimizer(module, config.optim)
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    optimizer.wire([_whole_partition(p, solo_group) for p in trainable], device)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(step, config.train.steps, config.optim)
+    )
+    records = []
+    for batches in steps:
+        records.append(_step(module, optimizer, batches, config.optim.gradient_clipping, device))
+        rates.step()
+    weights = {t.name: t.local().detach().cpu().clone() for t in hub_tensors(module)}
+    return Reference(records, choices_LTK, weights)
+
+
+def _whole_partition(parameter: nn.Parameter, group: dist.ProcessGroup) -> FlatPartition:
+    fragment = Fragment(parameter, 0, parameter.numel(), 0)
+    return FlatPartition(parameter, group, 0, ((fragment,),))
+
+
+def _step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    clipping: float,
+    device: torch.device,
+) -> StepRecord:
+    num_targets = max(1, sum(batch.num_targets for batch in batches))
+    optimizer.zero_grad()
+    loss = 0.0
+    for batch in batches:
+        inputs: dict[str, Any] = dict(batch.to(device).model_inputs())
+        part = module(**inputs, use_cache=False, num_items_in_batch=num_targets).loss
+        part.backward()
+        loss += float(part)
+    norm = _total(_norms(module))
+    if 0 < clipping < norm:
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(clipping / (norm + 1e-6))
+    norms = _norms(module)
+    optimizer.step()
+    return StepRecord(loss, norm, norms)
+
+
+def _norms(module: nn.Module) -> dict[str, float]:
+    """Returns the gradient norm of each part, trained ones only."""
+    squares: dict[str, float] = {}
+    for tensor in hub_tensors(module):
+        if tensor.tensor.grad is not None:
+            gradient = replace(tensor, tensor=tensor.tensor.grad).local()
+            part = part_of(tensor.name)
+            squares[part] = squares.get(part, 0.0) + float(gradient.double().square().sum())
+    return {part: value**0.5 for part, value in squares.items()}
+
+
+def _total(norms: dict[str, float]) -> float:
+    return math.sqrt(sum(value**2 for value in norms.values()))
+
+
+@torch.no_grad()
+def _choices(module: nn.Module, batches: list[Batch], device: torch.device) -> Tensor:
+    """Returns the experts that transformers' routers choose for every token."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    routers = [m for m in module.modules() if isinstance(m, DeepseekV3TopkRouter)]
+    found: list[list[Tensor]] = [[] for _ in routers]
+    hooks = [
+        router.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output[2].cpu()))
+        for router, seen in zip(routers, found, strict=True)
+    ]
+    for batch in batches:
+        module(**batch.to(device).model_inputs(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([torch.cat(seen) for seen in found])
