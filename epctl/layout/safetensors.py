@@ -253,27 +253,36 @@ def _is_size(value: Any) -> bool:
 
 def _checked_entry(name: str, entry: Any, file: str, first: int) -> TensorEntry:
     """Returns the entry with absolute offsets; raises what is wrong with it."""
-    where = f"tensor `{_short(name)}` of `{file}`"
     if not isinstance(entry, dict):
-        raise TensorEntryError(f"{where} is described by {type(entry).__name__}, not an object")
+        kind = type(entry).__name__
+        raise TensorEntryError(f"{_where(name, file)} is described by {kind}, not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None or not isinstance(dtype, str):
-        raise TensorEntryError(f"{where} has dtype {_short(repr(dtype))}, which safetensors lacks")
+        raise TensorEntryError(
+            f"{_where(name, file)} has dtype {_short(repr(dtype))}, which safetensors lacks"
+        )
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise TensorEntryError(f"{where} has shape {_short(repr(shape))}, not a list of sizes")
+        raise TensorEntryError(
+            f"{_where(name, file)} has shape {_short(repr(shape))}, not a list of sizes"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise TensorEntryError(
-            f"{where} has data_offsets {_short(repr(offsets))}, not two non-negative integers"
+            f"{_where(name, file)} has data_offsets {_short(repr(offsets))}, "
+            "not two non-negative integers"
         )
     start, end = offsets
     num_bits = _num_bits(shape, bits)
     if end < start or num_bits != (end - start) * 8:
         raise TensorSizeError(
-            f"{where}: shape {_short(str(shape))} of {dtype} needs {num_bits // 8} bytes, "
-            f"data_offsets {start} to {end} span {end - start}"
+            f"{_where(name, file)}: shape {_short(str(shape))} of {dtype} needs "
+            f"{num_bits // 8} bytes, data_offsets {start} to {end} span {end - start}"
         )
     return TensorEntry(dtype, tuple(shape), file, first + start, first + end)
+
+
+def _where(name: str, file: str) -> str:
+    return f"tensor `{_short(name)}` of `{file}`"
 
 
 def _num_bits(shape: list[int], bits: int) -> int:

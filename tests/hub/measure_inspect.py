@@ -10,6 +10,7 @@ waits 20 ms before each answer. Each figure is a whole process, interpreter star
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -88,17 +89,23 @@ def write_folder(folder):
 
 def timed(reference, environment):
     program = [sys.executable, "-m", "epctl", "inspect", reference, "--json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
     result = subprocess.run(program, capture_output=True, env=environment, check=True)
     elapsed = time.perf_counter() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     document = json.loads(result.stdout)
     assert document["model"]["num_tensors"] == 90_427
-    return elapsed
+    return elapsed, processor
 
 
-def report(title, times):
+def report(title, runs):
+    times, processor = zip(*runs, strict=True)
     spread = f"median {statistics.median(times):.2f} s, min {min(times):.2f}, max {max(times):.2f}"
-    sys.stdout.write(f"{title}: {spread} ({len(times)} runs)\n")
+    cpu = f"processor time {statistics.median(processor):.2f} s"
+    load = f"load average {os.getloadavg()[0]:.1f}"
+    sys.stdout.write(f"{title}: {spread} ({len(times)} runs), {cpu}, {load}\n")
 
 
 def main():

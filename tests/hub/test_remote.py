@@ -253,7 +253,7 @@ def test_unreachable_hub_is_found_out_quickly(monkeypatch):
     begin = time.perf_counter()
     assert "not reachable" in connection_problem(0.5)
     assert resolve(CATALOG_ID).kind == "catalog"
-    assert time.perf_counter() - begin < 1.0
+    assert time.perf_counter() - begin < 3.0
 
 
 def test_endpoint_that_is_no_address_is_refused(monkeypatch):

@@ -24,7 +24,10 @@ transformers {version} has {count} config types that carry an expert-parallel pl
 model was built on the meta device; detection ran over the names and shapes of its state dict, and
 over those that `save_pretrained` writes where they differ. A row is *detected* when experts, width,
 layers, orientation, interleaving, router, bias and shared experts equal the live module's
-(`tests/layout/test_detect_fixtures.py`). {detected} are detected. *Trainable* says whether the
+(`tests/layout/test_detect_fixtures.py`). The routing rule of 60 types is also computed, with config
+values other than the defaults, and equals the live router's weights and choices
+(`tests/layout/test_router_rules.py`); the others have rules that epctl's router does not state.
+{detected} are detected. *Trainable* says whether the
 layout states all that training needs; {trainable} do.
 
 | model_type | family | detected | stored as | router | trainable |

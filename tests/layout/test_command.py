@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -147,10 +147,14 @@ def test_inspect_imports_neither_torch_nor_its_friends():
 
 
 def test_inspect_of_the_catalog_is_quick():
+    # Processor time, so that a busy machine does not fail the test; alone it is the wall time.
+    def used():
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
+
     times = []
     for _ in range(3):
-        begin = time.perf_counter()
-        result = subprocess_run(LOADED)
-        times.append(time.perf_counter() - begin)
-        assert result.returncode == 0, result.stderr
+        before = used()
+        assert subprocess_run(LOADED).returncode == 0
+        times.append(used() - before)
     assert min(times) < 1.5
