@@ -84,7 +84,7 @@ class OptimSection(Section):
     name: Literal["muon", "adamw", "deepspeed-muon"] = Field(
         "muon", description="optimizer of the matrices; deepspeed-muon: the engine's, to compare"
     )
-    lr: float = Field(2e-3, gt=0, description="learning rate of the matrices (Muon)")
+    lr: float = Field(5e-3, gt=0, description="learning rate of the matrices (Muon)")
     adamw_lr: float | None = Field(
         None, gt=0, description="learning rate of everything on AdamW; default: `lr`"
     )
@@ -132,13 +132,13 @@ class TrainSection(Section):
         "all", description="what is trained: all, experts, attention, router, or a regex of names"
     )
     steps: int = Field(
-        120, ge=1, description="optimizer steps; with data and no budget given: one epoch"
+        100, ge=1, description="optimizer steps; with data and no budget given: one epoch"
     )
     tokens: int | None = Field(None, ge=1, description="length of the run in tokens")
     epochs: float | None = Field(
         None, gt=0, description="length of the run in passes over the data"
     )
-    micro_batch_size: int = Field(2, ge=1, description="sequences a rank and micro-step")
+    micro_batch_size: int = Field(4, ge=1, description="sequences a rank and micro-step")
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps a step")
     sequence_length: int = Field(256, ge=8, description="tokens a sequence")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -148,7 +148,7 @@ class TrainSection(Section):
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after")
     eval_batches: int = Field(8, ge=1, description="held-out micro-batches a rank")
     report_every: int = Field(5, ge=1, description="steps between reports")
-    sample_tokens: int = Field(96, ge=0, description="tokens sampled before and after; 0 is off")
+    sample_tokens: int = Field(64, ge=0, description="tokens sampled before and after; 0 is off")
     seed: int = Field(0, ge=0, description="weights, data order and sampling")
 
 

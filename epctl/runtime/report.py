@@ -30,7 +30,6 @@ def plan_of(
     state = count_state_bytes(engine, optimizer)
     sizes = _count_parameters(engine.module)
     total = sizes["dense"] + sizes["expert"] * mesh.ep_size
-    num_buffers = sizes["buffer"]
     return {
         "model": model.name,
         "revision": model.revision,
@@ -39,8 +38,8 @@ def plan_of(
         "num_experts": model.config.n_routed_experts,
         "top_k": model.config.num_experts_per_tok,
         "route_scale": model.config.routed_scaling_factor,
-        "num_parameters": total + num_buffers,
-        "num_parameters_rank": sizes["dense"] + sizes["expert"] + num_buffers,
+        "num_parameters": total,
+        "num_parameters_rank": sizes["dense"] + sizes["expert"],
         "num_expert_parameters_rank": sizes["expert"],
         "num_local_experts": mesh.num_local_experts(model.config.n_routed_experts),
         "num_muon": split.num_muon,

@@ -15,7 +15,12 @@ import torch
 pytestmark = pytest.mark.distributed
 
 STEPS = 12
-SETTINGS = ["--set=train.sequence_length=64", "--set=train.sample_tokens=8", "--device=cpu"]
+SETTINGS = [
+    "--set=train.sequence_length=64",
+    "--set=train.micro_batch_size=2",
+    "--set=train.sample_tokens=8",
+    "--device=cpu",
+]
 
 
 def run_epctl(*arguments: str) -> subprocess.CompletedProcess[str]:
