@@ -6,6 +6,7 @@ and exchange figures of every case; weights of case C stand in `FOLDER/C`.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import gc
 import json
@@ -17,14 +18,18 @@ from typing import Any
 import parity_ranks
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from epctl.config import RunConfig
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime import muon_exchange
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
 from epctl.runtime.engine import create_engine, train_step
 from epctl.runtime.moe import Router
+from epctl.runtime.muon_rule import MuonRule
+from epctl.runtime.optimizer import MatrixOptimizer
 from epctl.runtime.weights import RandomWeights
 
 NUM_STEPS = 4
@@ -70,8 +75,16 @@ class Run:
             swap=swap,
         )
         self.engine, self.optimizer, self.scheduler = create_engine(self.model, config, ds_config)
+        self.poisoned = False
+        if "overflow_step" in case and dist.get_rank() == 0:
+            self.engine.module.lm_head.register_forward_hook(self._poison)
+
+    def _poison(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
+        if self.poisoned and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.inf)
 
     def step(self, step: int) -> tuple[float, float]:
+        self.poisoned = step == self.case.get("overflow_step")
         if self.case.get("starved"):
             self._starve(step < STARVED_STEPS)
         batches = rank_batches(step, self.config)
@@ -99,18 +112,75 @@ class Run:
         gc.collect()
 
 
+class Counted:
+    """Counts what the optimizer really did, beside what it says: patches stay for the process."""
+
+    def __init__(self) -> None:
+        self.num_orthogonalized = 0
+        self.num_sent_bytes = 0
+        update_of, exchange = MuonRule.update_of, muon_exchange._exchange
+
+        def counted_update(rule: MuonRule, batch: torch.Tensor) -> torch.Tensor:
+            self.num_orthogonalized += batch.shape[0]
+            return update_of(rule, batch)
+
+        def counted_exchange(sent: list[list[torch.Tensor]], *rest: Any) -> torch.Tensor:
+            self.num_sent_bytes += sum(part.nbytes for parts in sent for part in parts)
+            return exchange(sent, *rest)
+
+        MuonRule.update_of = counted_update  # type: ignore[method-assign]
+        muon_exchange._exchange = counted_exchange
+
+
+COUNTED = Counted()
+
+
 def train_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     run = Run(case)
+    result: dict[str, Any] = {"drift": constructor_drift(run), "rates": []}
     if case.get("keep_initial"):
         run.save(folder / INITIAL)
-    losses, norms = zip(*(run.step(step) for step in range(NUM_STEPS)), strict=True)
+    COUNTED.num_orthogonalized = COUNTED.num_sent_bytes = 0
+    losses, norms = [], []
+    for step in range(case.get("steps", NUM_STEPS)):
+        if step == case.get("overflow_step"):
+            run.save(folder / f"{case['name']}-before")
+        result["rates"].append([(g.get("kind"), g["lr"]) for g in run.optimizer.param_groups])
+        loss, norm = run.step(step)
+        losses.append(loss)
+        norms.append(norm)
+        if step == case.get("overflow_step"):
+            run.save(folder / f"{case['name']}-after")
     run.save(folder / case["name"])
-    result = {"losses": losses, "norms": norms, "class": type(run.engine.optimizer).__name__}
-    for name in ("num_owned_matrices", "num_matrices", "num_sent_bytes"):
-        result[name] = getattr(run.optimizer, name, None)
-    result["rates"] = [group["lr"] for group in run.optimizer.param_groups]
+    result |= {"losses": losses, "norms": norms} | figures(run)
     run.close()
     return result
+
+
+def figures(run: Run) -> dict[str, Any]:
+    names = ("num_owned_matrices", "num_matrices", "num_sent_bytes")
+    return {name: getattr(run.optimizer, name, None) for name in names} | {
+        "class": type(run.engine.optimizer).__name__,
+        "really_orthogonalized": COUNTED.num_orthogonalized,
+        "really_sent_bytes": COUNTED.num_sent_bytes,
+        "finite_momentum": all(
+            bool(state["momentum_buffer"].isfinite().all())
+            for state in run.optimizer.state.values()
+            if "momentum_buffer" in state
+        ),
+    }
+
+
+def constructor_drift(run: Run) -> dict[str, float]:
+    """What the engine's constructor did to masters and AdamW's step count: nothing, it must be."""
+    drift = 0.0
+    if run.config.parallel.zero == 0 and run.case.get("bfloat16"):
+        for partition in seams.flat_partitions(run.engine):
+            parameter = partition.fragments_by_rank[0][0].parameter
+            difference = (partition.flat - parameter.float()).abs().max()
+            drift = max(drift, float(difference))
+    steps = [float(s["step"]) for s in run.optimizer.state.values() if "step" in s]
+    return {"weights": drift, "adamw_steps": max(steps, default=0.0)}
 
 
 def resume_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -135,7 +205,74 @@ def resume_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"straight": straight, "resumed": resumed, "momentum_dtypes": sorted(buffers)}
 
 
-KINDS = {"train": train_case, "resume": resume_case}
+OWNER_SHAPES = ((24, 16), (16, 40), (20, 20), (3, 24, 32), (7, 5))
+
+
+def owners_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Feeds the optimizer slices of known gradients by hand: no engine, no reduction, no model."""
+    generator = torch.Generator().manual_seed(11)
+    parameters = [nn.Parameter(torch.randn(s, generator=generator)) for s in OWNER_SHAPES]
+    layout = _by_hand(parameters, case["layout"])
+    group = {"params": parameters, "name": "m", "kind": "muon", "lr": 0.02, "weight_decay": 0.1}
+    # One matrix a batch: the library's kernels, and so the last bits, depend on the batch size.
+    optimizer = MatrixOptimizer([group], chunk_elements=1)
+    flat = torch.zeros(layout.flat.numel())
+    mine = layout.fragments_by_rank[layout.group_rank]
+    for f in mine:
+        source = f.parameter.detach().view(-1)[f.start : f.start + f.num_elements]
+        flat[f.offset : f.offset + f.num_elements] = source
+    layout = dataclasses.replace(layout, flat=flat)
+    optimizer.wire([layout])
+    optimizer.param_groups[0]["params"] = [flat]
+    for _ in range(3):
+        gradients = {id(p): torch.randn(p.shape, generator=generator).view(-1) for p in parameters}
+        flat.grad = torch.zeros_like(flat)
+        for f in mine:
+            source = gradients[id(f.parameter)][f.start : f.start + f.num_elements]
+            flat.grad[f.offset : f.offset + f.num_elements] = source
+        optimizer.step()
+    for parameter in parameters:
+        whole = torch.zeros(parameter.numel())
+        for f in mine:
+            if f.parameter is parameter:
+                whole[f.start : f.start + f.num_elements] = flat[
+                    f.offset : f.offset + f.num_elements
+                ]
+        dist.all_reduce(whole)
+        parameter.data = whole.view_as(parameter)
+    if dist.get_rank() == 0:
+        torch.save([p.data for p in parameters], folder / f"{case['name']}.pt")
+    return {"num_owned": optimizer.num_owned_matrices, "num_sent_bytes": optimizer.num_sent_bytes}
+
+
+def _by_hand(parameters: list[nn.Parameter], layout: str) -> seams.FlatPartition:
+    """Cuts the concatenation ("cut", ZeRO 1/2) or every Parameter ("spread", ZeRO-3)."""
+    num_ranks, rank = dist.get_world_size(), dist.get_rank()
+    by_rank: list[list[seams.Fragment]] = [[] for _ in range(num_ranks)]
+    if layout == "cut":
+        length = -(-sum(p.numel() for p in parameters) // num_ranks)
+        position = 0
+        for p in parameters:
+            for r in range(num_ranks):
+                low, high = max(position, r * length), min(position + p.numel(), (r + 1) * length)
+                if low < high:
+                    fragment = seams.Fragment(p, low - position, high - low, low - r * length)
+                    by_rank[r].append(fragment)
+            position += p.numel()
+    else:
+        length = 0
+        for p in parameters:
+            share = -(-p.numel() // num_ranks)
+            for r in range(num_ranks):
+                start = min(r * share, p.numel())
+                fragment = seams.Fragment(p, start, min(share, p.numel() - start), length)
+                by_rank[r].append(fragment)
+            length += share
+    fragments = tuple(tuple(held) for held in by_rank)
+    return seams.FlatPartition(torch.empty(length), dist.group.WORLD, rank, fragments)
+
+
+KINDS = {"train": train_case, "resume": resume_case, "owners": owners_case}
 
 
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
