@@ -21,7 +21,6 @@ from epctl.kernels.tile_access import (
     load_columns,
     load_tile,
     load_window,
-    prefetch_tile,
     store_tile,
     store_window,
     tile_pointers,
@@ -296,7 +295,7 @@ def _swiglu_backward(
 
 @triton.jit
 def _down_backward_kernel(
-    dy_ptr,
+    dy,
     w2,
     h,
     h_ptr,
@@ -305,6 +304,7 @@ def _down_backward_kernel(
     weights_ptr,
     partial_ptr,
     pair_of_row_ptr,
+    padded_offsets_ptr,
     offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
@@ -313,7 +313,6 @@ def _down_backward_kernel(
     num_rows,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
-    TOP_K: tl.constexpr,
     USE_TMA: tl.constexpr,
     TMA_STORE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -322,7 +321,6 @@ def _down_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SLICE: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     tile_m, tile_n = tile_position(max_tiles, tl.cdiv(INTERMEDIATE, BLOCK_N), GROUP_M)
     if tile_m >= tl.load(num_tiles_ptr):
@@ -331,20 +329,14 @@ def _down_backward_kernel(
     row = tl.load(tile_row_ptr + tile_m)
     lane = tl.arange(0, BLOCK_M)
     row_end = tl.load(offsets_ptr + expert + 1)
-    exists = row + lane < row_end
-    pair = tl.load(pair_of_row_ptr + row + lane, mask=exists, other=0)
-    dy_at = dy_ptr + (pair // TOP_K).to(tl.int64)[:, None] * HIDDEN
+    shift = tl.load(padded_offsets_ptr + expert) - tl.load(offsets_ptr + expert)
     first = expert * HIDDEN
     column = tile_n * BLOCK_N
-    if PREFETCH:
-        # The epilogue needs H; its way from memory is hidden behind the products.
-        prefetch_tile(h_ptr, row, column, row_end, 2 * INTERMEDIATE, BLOCK_M, BLOCK_N)
-        prefetch_tile(
-            h_ptr, row, column + INTERMEDIATE, row_end, 2 * INTERMEDIATE, BLOCK_M, BLOCK_N
-        )
     da = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, HIDDEN, BLOCK_K):
-        dy = load_columns(dy_at, k, HIDDEN, BLOCK_K)
+        left = load_tile(
+            dy, row + shift, k, row_end + shift, HIDDEN, HIDDEN, BLOCK_M, BLOCK_K, USE_TMA
+        )
         w = load_tile(
             w2,
             first + k,
@@ -356,7 +348,9 @@ def _down_backward_kernel(
             BLOCK_N,
             USE_TMA,
         )
-        da = tl.dot(dy, w, da, input_precision=PRECISION)
+        da = tl.dot(left, w, da, input_precision=PRECISION)
+    exists = row + lane < row_end
+    pair = tl.load(pair_of_row_ptr + row + lane, mask=exists, other=0)
     weight = tl.load(weights_ptr + pair, mask=exists, other=0.0)
     sums = _swiglu_backward(
         da,
@@ -500,7 +494,7 @@ def down(a_NI: Tensor, w2_EDI: Tensor, tables: RoutingTables, tile: Tile) -> Ten
 
 
 def down_backward(
-    dy_TD: Tensor,
+    dy: Tensor,
     w2_EDI: Tensor,
     h: Tensor,
     weights_TK: Tensor,
@@ -509,8 +503,8 @@ def down_backward(
 ) -> tuple[Tensor, Tensor]:
     """Overwrites H with its gradient; returns the weighted activation [N, I] and partial sums.
 
-    The partial sums, float32 [column tiles, N], add up to the gradient of each row's weight: the
-    inner product of A and the gradient it would have at weight 1.
+    `dy` is what `spread` returns. The partial sums, float32 [column tiles, N], add up to
+    the gradient of each row's weight: the inner product of A and its gradient at weight 1.
     """
     num_rows, (_, hidden, intermediate) = len(h), w2_EDI.shape
     a_NI = h.new_empty(num_rows, intermediate)
@@ -520,7 +514,7 @@ def down_backward(
     use_tma = can_use_tma((w2_EDI,))
     max_tiles = len(tables.tile_row_M)
     _down_backward_kernel[(max_tiles * num_columns,)](
-        dy_TD,
+        load_window(dy, tile.block_m, tile.block_k, use_tma),
         load_window(w2_EDI, tile.block_k, tile.block_n, use_tma),
         store_window(h, tile.block_m, width, tile, use_tma),
         h,
@@ -529,14 +523,13 @@ def down_backward(
         weights_TK,
         partial_PN,
         tables.pair_of_row_N,
+        tables.padded_offsets_E,
         *_row_tables(tables),
         max_tiles,
         num_rows,
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
-        TOP_K=weights_TK.shape[-1],
         SLICE=width,
-        PREFETCH=tile.prefetch and h.is_cuda,
         **launch_options(tile, use_tma, h.dtype),
     )
     return a_NI, partial_PN

@@ -21,6 +21,7 @@ from epctl.kernels.permute import (
     gather_weight_gradient,
     max_tiles,
     routing_tables,
+    spread,
 )
 from epctl.kernels.tiles import TileTable, choose_tiles
 
@@ -42,7 +43,7 @@ def _moe_forward(
     w3_EID: Tensor,
     w2_EDI: Tensor,
     keep_h: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     top_k, tiles = experts_TK.shape[1], _tiles(experts_TK, w1_EID)
     tables = routing_tables(experts_TK, w1_EID.shape[0], tiles.block_rows)
     if not experts_TK.numel():
@@ -62,11 +63,12 @@ def _(
     w3_EID: Tensor,
     w2_EDI: Tensor,
     keep_h: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_experts, intermediate, _ = w1_EID.shape
     num_rows = experts_TK.numel()
     num_tiles = max_tiles(num_rows, num_experts, _tiles(experts_TK, w1_EID).block_rows)
-    integer_sizes = (num_rows, num_rows, num_experts + 1, num_tiles, num_tiles, 1)
+    offsets = num_experts + 1
+    integer_sizes = (*(num_rows,) * 3, offsets, offsets, num_tiles, num_tiles, 1)
     h = x_TD.new_empty(num_rows if keep_h else 0, 2 * intermediate)
     integers = [x_TD.new_empty(size, dtype=torch.int32) for size in integer_sizes]
     return torch.empty_like(x_TD), h, *integers  # type: ignore[return-value]
@@ -90,20 +92,23 @@ def _moe_backward(
     sorted_order = RoutingTables(*tables)
     if not len(h):
         h, _ = gemm.gate_up(x_TD, w1_EID, w3_EID, sorted_order, top_k, tiles.gate_up, write_a=False)
+    # Spread once for two products, and gone before the memory peaks.
+    dy = spread(dy_TD, sorted_order, top_k)
     a_NI, partial_PN = gemm.down_backward(
-        dy_TD, w2_EDI, h, weights_TK, sorted_order, tiles.down_backward
+        dy, w2_EDI, h, weights_TK, sorted_order, tiles.down_backward
     )
     dweights_TK = gather_weight_gradient(partial_PN, sorted_order.row_of_pair_N, weights_TK.shape)
     # Each temporary dies before the next large gradient is made: the order is the peak memory.
     dw2_EDI = weight_gradient.down_weight_gradient(
-        dy_TD, a_NI, w2_EDI, sorted_order, top_k, tiles.down_weight_gradient
+        dy, a_NI, w2_EDI, sorted_order, tiles.down_weight_gradient
     )
-    del a_NI, partial_PN
+    del dy, a_NI, partial_PN
     dx_ND = gemm.input_gradient(h, w1_EID, w3_EID, sorted_order, tiles.input_gradient)
     dx_TD = combine(dx_ND, sorted_order.row_of_pair_N, None, top_k)
     del dx_ND
+    x = spread(x_TD, sorted_order, top_k)
     dw1_EID, dw3_EID = weight_gradient.gate_up_weight_gradient(
-        h, x_TD, w1_EID, sorted_order, top_k, tiles.gate_up_weight_gradient
+        h, x, w1_EID, sorted_order, tiles.gate_up_weight_gradient
     )
     return dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI
 

@@ -18,22 +18,29 @@ from torch import Tensor
 # Pairs that one program ranks against each other, all to all: 16 K comparisons in registers.
 CHUNK = 128
 
+# Rows that `spread` rounds an expert up to; the weight gradients' blocks divide it.
+PADDING = 64
+
 
 class RoutingTables(NamedTuple):
     """The sorted order. All int32, all on the device.
 
     Attributes:
         row_of_pair_N: the row of pair `token * K + choice`, -1 for a pair held elsewhere.
+        padded_row_of_pair_N: the same where every expert starts at its padded offset.
         pair_of_row_N: its inverse; rows beyond the last used one are not written.
         offsets_E: [E + 1], first row of each expert, and the number of rows used.
+        padded_offsets_E: [E + 1], the same with each expert's rows rounded up to PADDING.
         tile_expert_M: the expert of each tile of rows.
         tile_row_M: each tile's first row.
         num_tiles_1: how many tiles are used.
     """
 
     row_of_pair_N: Tensor
+    padded_row_of_pair_N: Tensor
     pair_of_row_N: Tensor
     offsets_E: Tensor
+    padded_offsets_E: Tensor
     tile_expert_M: Tensor
     tile_row_M: Tensor
     num_tiles_1: Tensor
@@ -71,6 +78,7 @@ def _position_kernel(
     counts_ptr,
     totals_ptr,
     offsets_ptr,
+    padded_offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
     num_tiles_ptr,
@@ -78,6 +86,7 @@ def _position_kernel(
     NUM_EXPERTS: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     expert = tl.program_id(0)
@@ -88,9 +97,12 @@ def _position_kernel(
     first_tile = tl.sum(tl.where(ids < expert, tiles, 0))
     own_rows = tl.sum(tl.where(ids == expert, totals, 0))
     own_tiles = tl.sum(tl.where(ids == expert, tiles, 0))
+    padded = (totals + PADDING - 1) // PADDING * PADDING
     tl.store(offsets_ptr + expert, first_row)
+    tl.store(padded_offsets_ptr + expert, tl.sum(tl.where(ids < expert, padded, 0)))
     if expert == NUM_EXPERTS - 1:
         tl.store(offsets_ptr + NUM_EXPERTS, first_row + own_rows)
+        tl.store(padded_offsets_ptr + NUM_EXPERTS, tl.sum(padded))
         tl.store(num_tiles_ptr, first_tile + own_tiles)
     lane = tl.arange(0, BLOCK)
     position = first_row
@@ -111,7 +123,10 @@ def _position_kernel(
 def _place_kernel(
     experts_ptr,
     positions_ptr,
+    offsets_ptr,
+    padded_offsets_ptr,
     row_of_pair_ptr,
+    padded_row_of_pair_ptr,
     pair_of_row_ptr,
     num_pairs,
     num_chunks,
@@ -129,6 +144,9 @@ def _place_kernel(
     first = tl.load(positions_ptr + expert * num_chunks + chunk, mask=held, other=0)
     row = tl.where(held, first + rank, -1)
     tl.store(row_of_pair_ptr + pair, row, mask=exists)
+    padding = tl.load(padded_offsets_ptr + expert, mask=held, other=0)
+    padding -= tl.load(offsets_ptr + expert, mask=held, other=0)
+    tl.store(padded_row_of_pair_ptr + pair, row + padding, mask=exists)
     tl.store(pair_of_row_ptr + row, pair, mask=held)
 
 
@@ -145,8 +163,10 @@ def routing_tables(experts_TK: Tensor, num_experts: int, block_rows: int) -> Rou
     integers = {"dtype": torch.int32, "device": pairs.device}
     tables = RoutingTables(
         row_of_pair_N=torch.empty(num_pairs, **integers),
+        padded_row_of_pair_N=torch.empty(num_pairs, **integers),
         pair_of_row_N=torch.empty(num_pairs, **integers),
         offsets_E=torch.empty(num_experts + 1, **integers),
+        padded_offsets_E=torch.empty(num_experts + 1, **integers),
         tile_expert_M=torch.empty(num_tiles, **integers),
         tile_row_M=torch.empty(num_tiles, **integers),
         num_tiles_1=torch.empty(1, **integers),
@@ -169,6 +189,7 @@ def routing_tables(experts_TK: Tensor, num_experts: int, block_rows: int) -> Rou
         counts,
         totals_E,
         tables.offsets_E,
+        tables.padded_offsets_E,
         tables.tile_expert_M,
         tables.tile_row_M,
         tables.num_tiles_1,
@@ -176,13 +197,17 @@ def routing_tables(experts_TK: Tensor, num_experts: int, block_rows: int) -> Rou
         NUM_EXPERTS=num_experts,
         EXPERT_BLOCK=expert_block,
         TILE_ROWS=block_rows,
+        PADDING=PADDING,
         BLOCK=1024,
     )
     if num_pairs:
         _place_kernel[(num_chunks,)](
             pairs,
             counts,
+            tables.offsets_E,
+            tables.padded_offsets_E,
             tables.row_of_pair_N,
+            tables.padded_row_of_pair_N,
             tables.pair_of_row_N,
             num_pairs,
             num_chunks,
@@ -190,6 +215,75 @@ def routing_tables(experts_TK: Tensor, num_experts: int, block_rows: int) -> Rou
             CHUNK=CHUNK,
         )
     return tables
+
+
+@triton.jit
+def _spread_kernel(
+    tokens_ptr,
+    out_ptr,
+    padded_row_of_pair_ptr,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(tokens_ptr + token * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+    for choice in tl.static_range(TOP_K):
+        row = tl.load(padded_row_of_pair_ptr + token * TOP_K + choice).to(tl.int64)
+        limit = tl.where(row >= 0, HIDDEN, 0)
+        tl.store(out_ptr + row * HIDDEN + column, values, mask=column < limit)
+
+
+@triton.jit
+def _zero_padding_kernel(
+    out_ptr,
+    offsets_ptr,
+    padded_offsets_ptr,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    start = tl.load(padded_offsets_ptr + expert)
+    num_rows = tl.load(offsets_ptr + expert + 1) - tl.load(offsets_ptr + expert)
+    end = tl.load(padded_offsets_ptr + expert + 1)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = start + num_rows + tl.arange(0, ROWS)
+    inside = (rows < end)[:, None] & (column < HIDDEN)[None, :]
+    at = out_ptr + rows.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    tl.store(at, tl.zeros((ROWS, BLOCK), dtype=out_ptr.dtype.element_ty), mask=inside)
+
+
+def spread(tokens_TD: Tensor, tables: RoutingTables, top_k: int) -> Tensor:
+    """Returns each row's token at the expert's padded offset, and zeros in the padding.
+
+    A token is read once and written for each of its choices: a gather would read it as often.
+    """
+    num_rows, (num_tokens, hidden) = len(tables.pair_of_row_N), tokens_TD.shape
+    num_experts = tables.offsets_E.numel() - 1
+    num_padded = num_rows + min(num_experts, num_rows) * (PADDING - 1)
+    out = tokens_TD.new_empty(triton.cdiv(num_padded, PADDING) * PADDING, hidden)
+    block = min(2048, triton.next_power_of_2(hidden))
+    columns = triton.cdiv(hidden, block)
+    _spread_kernel[(num_tokens, columns)](
+        tokens_TD,
+        out,
+        tables.padded_row_of_pair_N,
+        HIDDEN=hidden,
+        TOP_K=top_k,
+        BLOCK=block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    _zero_padding_kernel[(num_experts, triton.cdiv(hidden, 64))](
+        out,
+        tables.offsets_E,
+        tables.padded_offsets_E,
+        HIDDEN=hidden,
+        ROWS=PADDING,
+        BLOCK=64,
+    )
+    return out
 
 
 @triton.jit

@@ -103,25 +103,6 @@ def store_tile(
         tl.store(at, values, mask=inside)
 
 
-@triton.jit
-def prefetch_tile(
-    base, row, column, row_end, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Asks for a tile of 2-byte elements to be brought into L2, so that its later load is short."""
-    LINE: tl.constexpr = 64
-    rows = tl.minimum(row + tl.arange(0, ROWS), row_end - 1)
-    lines = column + LINE * tl.arange(0, COLUMNS // LINE)
-    at = base + rows.to(tl.int64)[:, None] * STRIDE + tl.minimum(lines, STRIDE - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [at],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 def can_use_tma(tensors: tuple[Tensor, ...]) -> bool:
     """True when every tensor's rows can be read through a TMA descriptor on its device."""
     if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device) < (9, 0):

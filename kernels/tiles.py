@@ -19,7 +19,6 @@ class Tile(NamedTuple):
         tma_store: whether whole tiles leave by TMA.
         max_registers: a cap for each thread, so that two programs fit on one multiprocessor.
         slice_n: columns that the SwiGLU backward works on at a time, to fit in registers.
-        prefetch: whether the SwiGLU backward asks for H before the products start.
     """
 
     block_m: int
@@ -31,7 +30,6 @@ class Tile(NamedTuple):
     tma_store: bool = False
     max_registers: int | None = None
     slice_n: int = 64
-    prefetch: bool = False
 
 
 class TileTable(NamedTuple):
@@ -60,6 +58,19 @@ FLOAT32 = _same(Tile(32, 32, 32, num_warps=4, num_stages=1))
 # Ampere and Ada: 100 KB of shared memory or less a block. Untested on hardware.
 PRE_HOPPER = _same(Tile(128, 128, 32, num_warps=8, num_stages=3))
 PRE_HOPPER_FEW_ROWS = _same(Tile(64, 64, 32, num_warps=4, num_stages=3))
+
+HOPPER = TileTable(
+    gate_up=Tile(128, 128, 64, num_warps=8, num_stages=4, group_m=12, tma_store=True),
+    down=Tile(128, 256, 64, num_warps=8, num_stages=4, group_m=12, tma_store=True),
+    # Two programs a multiprocessor, so that one's epilogue hides behind the other's products.
+    down_backward=Tile(128, 128, 64, num_warps=8, num_stages=3, max_registers=128, slice_n=32),
+    input_gradient=Tile(128, 256, 32, num_warps=8, num_stages=4, tma_store=True),
+    down_weight_gradient=Tile(128, 256, 64, num_warps=8, num_stages=4, group_m=11, tma_store=True),
+    gate_up_weight_gradient=Tile(
+        128, 256, 64, num_warps=8, num_stages=4, group_m=22, tma_store=True
+    ),
+)
+HOPPER_FEW_ROWS = _same(Tile(64, 64, 32, num_warps=4, num_stages=3))
 
 HOPPER = TileTable(
     gate_up=Tile(128, 128, 64, num_warps=8, num_stages=3),

@@ -1,6 +1,7 @@
 """Weight gradients of the grouped GEMMs: products summed over an expert's rows (varlen-K).
 
-One operand is sorted by expert already, the other is gathered from the tokens in the load.
+The left operand is sorted by expert; the right one too, with each expert's rows padded by zeros to
+a whole block (`permute.spread`), so both come by TMA and neither needs a mask.
 Shape suffixes: see reference.py.
 """
 
@@ -27,16 +28,15 @@ from epctl.kernels.tiles import Tile
 @triton.jit
 def _weight_gradient_kernel(
     sorted_rows,
-    tokens_ptr,
+    tokens,
     out,
     out_ptr,
     upper,
     upper_ptr,
-    pair_of_row_ptr,
     offsets_ptr,
+    padded_offsets_ptr,
     SORTED_WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
-    TOP_K: tl.constexpr,
     HALVES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -59,20 +59,24 @@ def _weight_gradient_kernel(
     out_row = tile_m % tiles_of_half * BLOCK_M
     left_column = half * WIDTH + out_row
     right_column = tile_n * BLOCK_N
-    columns = right_column + tl.arange(0, BLOCK_N)
     expert = tl.program_id(1)
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
+    shift = tl.load(padded_offsets_ptr + expert) - begin
+    padded_end = tl.load(padded_offsets_ptr + expert + 1)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for row in range(begin, end, BLOCK_K):
-        rows = row + tl.arange(0, BLOCK_K)
-        exists = rows < end
-        token = tl.load(pair_of_row_ptr + rows, mask=exists, other=0) // TOP_K
-        at = tokens_ptr + token.to(tl.int64)[:, None] * HIDDEN + columns[None, :]
-        if HIDDEN % BLOCK_N == 0:
-            gathered = tl.load(at, mask=exists[:, None], other=0.0)
-        else:
-            gathered = tl.load(at, mask=exists[:, None] & (columns[None, :] < HIDDEN), other=0.0)
+        right = load_tile(
+            tokens,
+            row + shift,
+            right_column,
+            padded_end,
+            HIDDEN,
+            HIDDEN,
+            BLOCK_K,
+            BLOCK_N,
+            USE_TMA,
+        )
         left = load_tile(
             sorted_rows,
             row,
@@ -84,7 +88,7 @@ def _weight_gradient_kernel(
             BLOCK_M,
             USE_TMA,
         )
-        total = tl.dot(left.T, gathered, total, input_precision=PRECISION)
+        total = tl.dot(left.T, right, total, input_precision=PRECISION)
     if half == 1:
         out_ptr = upper_ptr
     if TRANSPOSED:
@@ -139,9 +143,9 @@ def _weight_gradient_kernel(
 
 
 def down_weight_gradient(
-    dy_TD: Tensor, a_NI: Tensor, w2_EDI: Tensor, tables: RoutingTables, top_k: int, tile: Tile
+    dy: Tensor, a_NI: Tensor, w2_EDI: Tensor, tables: RoutingTables, tile: Tile
 ) -> Tensor:
-    """Returns the gradient of w2 [E, D, I] from the weighted activation of `down_backward`."""
+    """Returns the gradient of w2 [E, D, I] from `spread` and `down_backward`."""
     dw2_EDI = torch.empty_like(w2_EDI)
     num_experts, hidden, intermediate = w2_EDI.shape
     use_tma = can_use_tma((w2_EDI,))
@@ -150,16 +154,15 @@ def down_weight_gradient(
     grid = triton.cdiv(intermediate, tile.block_m) * triton.cdiv(hidden, tile.block_n)
     _weight_gradient_kernel[(grid, num_experts)](
         load_window(a_NI, tile.block_k, tile.block_m, use_tma),
-        dy_TD,
+        load_window(dy, tile.block_k, tile.block_n, use_tma),
         out,
         dw2_EDI,
         out,
         dw2_EDI,
-        tables.pair_of_row_N,
         tables.offsets_E,
+        tables.padded_offsets_E,
         SORTED_WIDTH=intermediate,
         HIDDEN=hidden,
-        TOP_K=top_k,
         HALVES=1,
         TRANSPOSED=True,
         **launch_options(tile, use_tma, a_NI.dtype),
@@ -168,9 +171,9 @@ def down_weight_gradient(
 
 
 def gate_up_weight_gradient(
-    dh: Tensor, x_TD: Tensor, w1_EID: Tensor, tables: RoutingTables, top_k: int, tile: Tile
+    dh: Tensor, x: Tensor, w1_EID: Tensor, tables: RoutingTables, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of w1 and w3, both [E, I, D]."""
+    """Returns the gradients of w1 and w3, both [E, I, D]; `x` is what `spread` returns."""
     dw1_EID, dw3_EID = torch.empty_like(w1_EID), torch.empty_like(w1_EID)
     num_experts, intermediate, hidden = w1_EID.shape
     use_tma = can_use_tma((w1_EID,))
@@ -178,16 +181,15 @@ def gate_up_weight_gradient(
     grid = 2 * triton.cdiv(intermediate, tile.block_m) * triton.cdiv(hidden, tile.block_n)
     _weight_gradient_kernel[(grid, num_experts)](
         load_window(dh, tile.block_k, tile.block_m, use_tma),
-        x_TD,
+        load_window(x, tile.block_k, tile.block_n, use_tma),
         store_window(dw1_EID, tile.block_m, tile.block_n, tile, use_tma),
         dw1_EID,
         store_window(dw3_EID, tile.block_m, tile.block_n, tile, use_tma),
         dw3_EID,
-        tables.pair_of_row_N,
         tables.offsets_E,
+        tables.padded_offsets_E,
         SORTED_WIDTH=2 * intermediate,
         HIDDEN=hidden,
-        TOP_K=top_k,
         HALVES=2,
         TRANSPOSED=False,
         **launch_options(tile, use_tma, dh.dtype),
