@@ -56,7 +56,7 @@ class AskedRun:
         ]
         self.engine.eval()
         for batch in batches:
-            self.engine(**batch.to(self.engine.device).model_inputs(), use_cache=False)
+            self.engine(**batch.to(self.engine.device).model_inputs())
         self.engine.train()
         for hook in hooks:
             hook.remove()

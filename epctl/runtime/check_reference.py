@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,8 +89,8 @@ def _step(
     optimizer.zero_grad()
     loss = 0.0
     for batch in batches:
-        inputs: dict[str, Any] = dict(batch.to(device).model_inputs())
-        part = module(**inputs, use_cache=False, num_items_in_batch=num_targets).loss
+        inputs = batch.to(device).model_inputs()
+        part = module(**inputs, num_items_in_batch=num_targets).loss
         part.backward()
         loss += float(part)
     norm = _total(_norms(module))
@@ -131,7 +130,7 @@ def _choices(module: nn.Module, batches: list[Batch], device: torch.device) -> T
         for router, seen in zip(routers, found, strict=True)
     ]
     for batch in batches:
-        module(**batch.to(device).model_inputs(), use_cache=False)
+        module(**batch.to(device).model_inputs())
     for hook in hooks:
         hook.remove()
     return torch.stack([torch.cat(seen) for seen in found])

@@ -6,7 +6,7 @@ Shape suffixes: B sequences, S tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,12 +41,14 @@ class Batch:
         """Tokens the loss is taken over; the first of a row has nothing before it."""
         return int((self.labels_BS[:, 1:] != IGNORED).sum())
 
-    def model_inputs(self) -> dict[str, Tensor]:
-        """Returns the keyword arguments of a transformers model's forward."""
-        inputs = {"input_ids": self.ids_BS, "labels": self.labels_BS}
-        if self.positions_BS is not None:
-            inputs["position_ids"] = self.positions_BS
-        return inputs
+    def model_inputs(self) -> dict[str, Any]:
+        """Returns the keyword arguments of a transformers model's forward.
+
+        Without `use_cache=False` transformers makes a cache, and with one it does not look for
+        document boundaries: every document would attend to those before it.
+        """
+        inputs = {"input_ids": self.ids_BS, "labels": self.labels_BS, "use_cache": False}
+        return inputs | ({} if self.positions_BS is None else {"position_ids": self.positions_BS})
 
 
 class TrainingData(Protocol):

@@ -154,7 +154,7 @@ def train_step(
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for batch in micro_batches:
         inputs = batch.to(engine.device).model_inputs()
-        result = engine(**inputs, use_cache=False, num_items_in_batch=targets_per_micro_batch)
+        result = engine(**inputs, num_items_in_batch=targets_per_micro_batch)
         engine.backward(result.loss)
         if config.parallel.zero == 0 and engine.is_gradient_accumulation_boundary():
             # DeepSpeed's own Muon runs unclipped at every stage: ds_config.py.

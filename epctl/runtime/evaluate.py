@@ -22,7 +22,7 @@ def held_out_loss(engine: Any, batches: Iterable[Batch]) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in batches:
         inputs = batch.to(engine.device).model_inputs()
-        loss = engine(**inputs, use_cache=False, num_items_in_batch=1).loss
+        loss = engine(**inputs, num_items_in_batch=1).loss
         total[0] += loss.double()
         total[1] += batch.num_targets
     dist.all_reduce(total)

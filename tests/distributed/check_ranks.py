@@ -1,0 +1,120 @@
+"""Ranks of the tests of `--check`: one reference, then the asked layout whole and with faults.
+
+Faults are planted here by patching; production code has no hook for them.
+`python -m check_ranks FOLDER CASES_JSON`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from train_model_ranks import CPU, case_config, open_model, packed_data
+
+from epctl.config import RunConfig
+from epctl.runtime import check, engine, moe
+from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.events import EventLog
+from epctl.runtime.mesh import Mesh
+
+
+@contextlib.contextmanager
+def route_scale_dropped() -> Iterator[None]:
+    """The rule is read without `routed_scaling_factor`: 1 instead of 2.446."""
+    read = moe.RouterRule.from_deepseek_v3
+
+    def without_scale(config: Any) -> moe.RouterRule:
+        return replace(read(config), scale=1.0)
+
+    with mock.patch.object(moe.RouterRule, "from_deepseek_v3", without_scale):
+        yield
+
+
+@contextlib.contextmanager
+def correction_bias_dropped() -> Iterator[None]:
+    """The router chooses by scores alone."""
+    route = moe.route
+
+    def without_bias(logits: torch.Tensor, bias: torch.Tensor, **rule: Any) -> Any:
+        return route(logits, torch.zeros_like(bias), **rule)
+
+    with mock.patch.object(moe, "route", without_bias):
+        yield
+
+
+@contextlib.contextmanager
+def expert_gradient_scaled_by_ep() -> Iterator[None]:
+    """Expert gradients are summed over the ep group instead of averaged."""
+    create = check.create_engine
+
+    def with_scaled_gradients(model: Any, config: RunConfig, ds_config: Any) -> Any:
+        for parameter in model.parameters():
+            if seams.is_expert_parameter(parameter):
+                parameter.register_hook(lambda gradient: gradient * config.parallel.ep)
+        return create(model, config, ds_config)
+
+    with mock.patch.object(check, "create_engine", with_scaled_gradients):
+        yield
+
+
+@contextlib.contextmanager
+def norm_counting_experts_twice() -> Iterator[None]:
+    """The gradient norm adds each expert's square twice, and clips by that."""
+    original = seams.clip_gradients_zero0
+
+    def double_counting(engine: Any, mesh: Mesh, max_norm: float) -> float:
+        experts = [p for p in engine.module.parameters() if seams.is_expert_parameter(p)]
+        for parameter in experts:
+            parameter.grad.mul_(2**0.5)
+        try:
+            return original(engine, mesh, max_norm)
+        finally:
+            for parameter in experts:
+                parameter.grad.div_(2**0.5)
+
+    with mock.patch.object(engine.seams, "clip_gradients_zero0", double_counting):
+        yield
+
+
+FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "healthy": contextlib.nullcontext,
+    "route_scale_dropped": route_scale_dropped,
+    "correction_bias_dropped": correction_bias_dropped,
+    "expert_gradient_scaled_by_ep": expert_gradient_scaled_by_ep,
+    "norm_counting_experts_twice": norm_counting_experts_twice,
+}
+
+
+def main(folder: Path, cases: list[dict[str, Any]]) -> None:
+    seams.initialize_distributed("cpu", datetime.timedelta(seconds=90))
+    data = packed_data()
+    first = case_config(cases[0])
+    mesh = seams.create_mesh(first.parallel.ep)
+    model = open_model(cases[0]["model"])
+    reference = check.reference_on_rank_0(first, mesh, model, data, CPU, folder)
+    results = {}
+    for case in cases:
+        config = case_config(case)
+        mesh = seams.create_mesh(config.parallel.ep)
+        with FAULTS[case["fault"]]():
+            results[case["name"]] = check.compare_asked(
+                config, mesh, model, data, CPU, EventLog(folder, mesh.rank), folder, reference
+            )
+        gc.collect()
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,86 @@
+"""`epctl train --check` is green on healthy code and red on each fault that users have met."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+from tiny_moonlight import write_tiny_moonlight
+
+pytestmark = pytest.mark.distributed
+
+HEALTHY = {
+    "ep4-zero3": {"ep": 4, "zero": 3},
+    "ep2-zero2": {"ep": 2, "zero": 2},
+    "ep1-zero1": {"ep": 1, "zero": 1},
+    "ep2-zero0": {"ep": 2, "zero": 0},
+}
+FAULTY = {
+    "route_scale_dropped": {"ep": 4, "zero": 3},
+    "correction_bias_dropped": {"ep": 2, "zero": 3},
+    "expert_gradient_scaled_by_ep": {"ep": 2, "zero": 2},
+    "norm_counting_experts_twice": {"ep": 2, "zero": 0},
+}
+# What must be among the rows that differ, so that the table points at the cause.
+POINTS_AT = {
+    "route_scale_dropped": "loss, step 1",
+    "correction_bias_dropped": "router choices, share of tokens",
+    "expert_gradient_scaled_by_ep": "gradient of experts, step 1",
+    "norm_counting_experts_twice": "gradient norm, step 1",
+}
+FLAGS = {"optim.lr": 1e-3, "optim.warmup_steps": 0, "optim.schedule": "constant"}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("check")
+    model = str(write_tiny_moonlight(folder / "model"))
+    shared = {"model": model, "steps": 2, "flags": FLAGS}
+    cases = [{"name": n, "fault": "healthy", **shared, **case} for n, case in HEALTHY.items()]
+    cases += [{"name": n, "fault": n, **shared, **case} for n, case in FAULTY.items()]
+    return run_ranks("check_ranks", 4, folder, json.dumps(cases))[0]
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_green_on_healthy_code(reports: dict[str, Any], name: str) -> None:
+    report = reports[name]
+    assert report["ok"], [row for row in report["rows"] if not row["ok"]]
+    assert len(report["rows"]) > 15
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_red_on_a_planted_fault(reports: dict[str, Any], name: str) -> None:
+    report = reports[name]
+    differing = [row["quantity"] for row in report["rows"] if not row["ok"]]
+    assert not report["ok"]
+    assert POINTS_AT[name] in differing
+
+
+def test_an_expert_gradient_fault_is_not_blamed_on_other_parts(reports: dict[str, Any]) -> None:
+    """Clipping off the table, the parts beside the experts keep their gradient's direction only."""
+    rows = reports["norm_counting_experts_twice"]["rows"]
+    wrong_loss = [row for row in rows if row["quantity"] == "loss, step 1" and not row["ok"]]
+    assert not wrong_loss
+
+
+def test_report_lies_beside_the_run(reports: dict[str, Any]) -> None:
+    facts = reports["ep4-zero3"]
+    assert (facts["ep"], facts["zero"], facts["num_ranks"]) == (4, 3, 4)
+    assert {row["quantity"] for row in facts["rows"]} >= set(POINTS_AT.values())
+
+
+def test_verdict_is_exit_code_7(tmp_path: Path, reports: dict[str, Any]) -> None:
+    from epctl.errors import GateError, exit_code_of
+    from epctl.launch.check_command import conclude
+    from epctl.output import Mode, Output
+
+    output = Output(Mode.QUIET)
+    (tmp_path / "check.json").write_text(json.dumps(reports["ep4-zero3"]))
+    conclude(tmp_path, output)
+    (tmp_path / "check.json").write_text(json.dumps(reports["route_scale_dropped"]))
+    with pytest.raises(GateError, match="ZeRO-3 does not train as the whole model") as caught:
+        conclude(tmp_path, output)
+    assert exit_code_of(caught.value) == 7
