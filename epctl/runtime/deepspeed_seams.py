@@ -30,6 +30,7 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ __all__ = [
     "client_optimizer",
     "create_mesh",
     "flat_partitions",
+    "frozen_experts",
     "full_parameters",
     "initialize_distributed",
     "mark_expert_layer",
@@ -141,6 +143,25 @@ def split_expert_groups(parameter_groups: list[dict[str, Any]]) -> list[dict[str
     """
     split = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
     return [group for group in split if group["params"]]
+
+
+@contextlib.contextmanager
+def frozen_experts() -> Iterator[None]:
+    """Lets ZeRO-1/2 start with expert layers none of whose Parameters is trained.
+
+    Its constructor asserts a group marked as MoE whenever the model has such layers
+    (zero/stage_1_and_2.py, _configure_moe_settings); with frozen experts there is nothing to mark.
+    """
+
+    def mark_none(self: Any) -> None:
+        self.is_moe_param_group = [False] * len(self.optimizer.param_groups)
+
+    original = DeepSpeedZeroOptimizer._configure_moe_settings
+    DeepSpeedZeroOptimizer._configure_moe_settings = mark_none
+    try:
+        yield
+    finally:
+        DeepSpeedZeroOptimizer._configure_moe_settings = original
 
 
 # --- ZeRO-3 partitioning ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,13 +39,16 @@ def create_engine(
         optimizers.append(create_optimizer(model, config.optim))
         return optimizers[-1]
 
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        config=deepspeed_config,
-        dist_init_required=False,
-    )
+    experts = [p for p in model.parameters() if seams.is_expert_parameter(p)]
+    frozen = bool(experts) and not any(p.requires_grad for p in experts)
+    with seams.frozen_experts() if frozen else contextlib.nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=deepspeed_config,
+            dist_init_required=False,
+        )
     optimizer = optimizers[-1]
     optimizer.wire(seams.flat_partitions(engine), engine.device)
     interval = 1 if config.optim.qk_clip is not None else config.optim.attention_logit_interval
