@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from epctl.config import RunConfig
+from epctl.errors import ConfigError
 
 
 def deepspeed_config(
@@ -13,6 +15,7 @@ def deepspeed_config(
     """Returns the config dict for `deepspeed.initialize`; `REASONS` explains the keys.
 
     Expert parallelism of epctl's layer stays out of it: the layer exists before the engine does.
+    Raises ConfigError for offload at ZeRO-0, which has nothing to offload.
     """
     stage = config.parallel.zero
     zero: dict[str, Any] = {"stage": stage, "reduce_scatter": True, "overlap_comm": not on_cpu}
@@ -23,6 +26,8 @@ def deepspeed_config(
         if on_cpu:
             zero |= {"stage3_prefetch_bucket_size": 2**22}
     if config.optim.offload:
+        if stage == 0:
+            raise ConfigError("optim.offload needs ZeRO 1, 2 or 3, not 0", hint="use `--zero 2`")
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -86,18 +91,78 @@ def _accumulates_in_float32(config: RunConfig) -> bool:
     return config.parallel.zero >= 2
 
 
+# Why a value is what it is, for every key that `deepspeed_config` can write.
 REASONS: dict[str, str] = {
+    "train_micro_batch_size_per_gpu": "sequences a rank and micro-step",
+    "gradient_accumulation_steps": "micro-steps a step",
     "gradient_clipping": (
         "acts on the raw gradient before the optimizer; stated because an absent key means 1.0; "
-        "0 at ZeRO-0, where the engine averages expert norms over ranks and epctl clips itself"
+        "0 at ZeRO-0, where the engine averages expert norms over ranks and epctl clips itself, "
+        "and 0 with DeepSpeed's Muon, whose update it would divide by the update's own norm"
     ),
     "zero_allow_untested_optimizer": "epctl hands its own optimizer to the engine",
     "zero_force_ds_cpu_optimizer": "the same, when `optim.offload` puts masters and state on CPU",
-    "zero_optimization.reduce_scatter": "ZeRO-1/2 with experts needs it; epctl's Muon allows it",
+    "zero_optimization.stage": "what is partitioned: 1 optimizer state, 2 gradients, 3 parameters",
+    "zero_optimization.reduce_scatter": (
+        "ZeRO-1/2 with experts needs it; epctl's Muon allows it; DeepSpeed's Muon at ZeRO-3 does not"
+    ),
     "zero_optimization.overlap_comm": "on GPUs only: gloo gains nothing from it",
+    "zero_optimization.reduce_bucket_size": "on CPU: small buckets, a host's memory is shared",
+    "zero_optimization.allgather_bucket_size": "on CPU: small buckets, a host's memory is shared",
+    "zero_optimization.stage3_param_persistence_threshold": (
+        "elements below which a parameter stays whole: norms and biases do, router weights do not"
+    ),
+    "zero_optimization.stage3_prefetch_bucket_size": "on CPU: no copy runs ahead of its use",
+    "zero_optimization.offload_optimizer.device": "`optim.offload`: masters and state in host memory",
+    "zero_optimization.offload_optimizer.pin_memory": "pinned for copies from a GPU, pointless on CPU",
+    "bf16.enabled": "`train.precision`: auto is bfloat16 on GPUs, float32 on CPU",
     "data_types.grad_accum_dtype": (
         "micro-steps add up in float32; at ZeRO-1 only if there is more than one, at ZeRO-0 never: "
         "the engine refuses it"
     ),
     "steps_per_print": "epctl reports instead",
+    "wall_clock_breakdown": "epctl reports instead; it would synchronise at every timer",
+    "optimizer.type": "`optim.name` deepspeed-muon: the engine builds its own, for comparison",
+    "optimizer.params.lr": "the rate of groups that neither of the next two names",
+    "optimizer.params.muon_lr": "rate of the matrices",
+    "optimizer.params.adam_lr": "rate of everything else; default: the same",
+    "optimizer.params.momentum": "Muon momentum",
+    "optimizer.params.weight_decay": "decoupled",
+    "optimizer.params.betas": "AdamW",
+    "optimizer.params.eps": "AdamW",
+    "optimizer.params.ns_method": "Newton-Schulz: the Gram form unless the standard one is asked for",
+    "optimizer.params.per_head_muon": "each attention head orthogonalised apart",
+    "optimizer.params.torch_adam": "on CPU: torch's Adam, because the fused one needs a compiler",
+    "expert_parallel.enabled": "`moe.implementation` autoep: the engine replaces the MoE blocks",
+    "expert_parallel.autoep_size": "ranks that share one set of experts",
+    "expert_parallel.preset_model": "stated, so that an unknown model type cannot train without EP",
 }
+# The setting a value is taken from; its source says who chose it.
+SETTINGS: dict[str, str] = {
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "optim.gradient_clipping",
+    "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.offload_optimizer.device": "optim.offload",
+    "bf16.enabled": "train.precision",
+    "optimizer.type": "optim.name",
+    "optimizer.params.lr": "optim.lr",
+    "optimizer.params.muon_lr": "optim.lr",
+    "optimizer.params.adam_lr": "optim.adamw_lr",
+    "optimizer.params.momentum": "optim.momentum",
+    "optimizer.params.weight_decay": "optim.weight_decay",
+    "optimizer.params.eps": "optim.eps",
+    "optimizer.params.ns_method": "optim.newton_schulz",
+    "optimizer.params.per_head_muon": "optim.per_head",
+    "expert_parallel.enabled": "moe.implementation",
+    "expert_parallel.autoep_size": "parallel.ep",
+}
+
+
+def flat_keys(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every value of the DeepSpeed JSON by its dotted key."""
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            yield from flat_keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -44,7 +44,8 @@ class MuonRule:
         rounded once, after the sum in float32.
         """
         average = buffer.float().lerp_(gradient.view_as(buffer), 1 - self.momentum)
-        buffer.copy_(average)
+        if average is not buffer:
+            buffer.copy_(average)
         if self.nesterov:
             gradient.lerp_(average.view_as(gradient), self.momentum)
         else:

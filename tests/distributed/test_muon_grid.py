@@ -54,9 +54,10 @@ PAIRWISE: dict[int, list[dict[str, Any]]] = {
     2: [
         case(0, 2, 4, CLIPPED, True),
         case(1, 1, 1, UNCLIPPED, True),
-        case(2, 2, 1, CLIPPED, True, **OFFLOAD),
+        case(1, 2, 4, UNCLIPPED, False, **OFFLOAD),
+        case(2, 2, 4, CLIPPED, True, **OFFLOAD),
         case(3, 1, 4, CLIPPED, False),
-        case(3, 2, 1, UNCLIPPED, True, **OFFLOAD),
+        case(3, 2, 4, UNCLIPPED, True, **OFFLOAD),
         case(3, 2, 4, CLIPPED, True, **SMALL_SUB_GROUPS),
     ],
     4: [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from epctl.config import resolve_config
+from epctl.errors import ConfigError
 from epctl.kernels.newton_schulz import orthogonalize
+from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime.deepspeed_seams import FlatPartition, Fragment
 from epctl.runtime.muon_rule import MuonRule, update_scale
 from epctl.runtime.optimizer import MatrixOptimizer
@@ -211,3 +215,35 @@ def test_wiring_without_a_muon_parameter_fails() -> None:
     layout = FlatPartition(first, None, 0, ((Fragment(first, 0, first.numel(), 0),),))
     with pytest.raises(AssertionError, match="2 Muon parameters are in no partition"):
         optimizer.wire([layout])
+
+
+def test_bfloat16_sums_are_in_float32_where_the_engine_can() -> None:
+    """ZeRO-1 changes its class for it, so only a real sum asks for it."""
+    stages = {}
+    for zero, accumulation in itertools.product((0, 1, 2, 3), (1, 4)):
+        flags = {"parallel.zero": zero, "train.gradient_accumulation_steps": accumulation}
+        document = deepspeed_config(resolve_config(flags=flags).config, bfloat16=True, on_cpu=True)
+        stages[zero, accumulation] = "data_types" in document
+    assert [key for key, value in stages.items() if value] == [
+        (1, 4),
+        (2, 1),
+        (2, 4),
+        (3, 1),
+        (3, 4),
+    ]
+
+
+def test_deepspeeds_own_muon_is_steered_around_its_traps() -> None:
+    for zero in (0, 1, 2, 3):
+        flags = {"parallel.zero": zero, "optim.name": "deepspeed-muon", "optim.adamw_lr": 1e-4}
+        document = deepspeed_config(resolve_config(flags=flags).config, bfloat16=False, on_cpu=True)
+        assert document["gradient_clipping"] == 0.0
+        assert document["zero_optimization"]["reduce_scatter"] is (zero < 3)
+        parameters = document["optimizer"]["params"]
+        assert (parameters["muon_lr"], parameters["adam_lr"]) == (2e-3, 1e-4)
+
+
+def test_offload_without_zero_is_refused() -> None:
+    config = resolve_config(flags={"parallel.zero": 0, "optim.offload": True}).config
+    with pytest.raises(ConfigError, match="needs ZeRO 1, 2 or 3"):
+        deepspeed_config(config, bfloat16=False, on_cpu=True)
