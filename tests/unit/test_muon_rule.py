@@ -235,7 +235,8 @@ def test_bfloat16_sums_are_in_float32_where_the_engine_can() -> None:
 
 def test_deepspeeds_own_muon_is_steered_around_its_traps() -> None:
     for zero in (0, 1, 2, 3):
-        flags = {"parallel.zero": zero, "optim.name": "deepspeed-muon", "optim.adamw_lr": 1e-4}
+        flags = {"parallel.zero": zero, "optim.name": "deepspeed-muon"}
+        flags |= {"optim.lr": 2e-3, "optim.adamw_lr": 1e-4}
         document = deepspeed_config(resolve_config(flags=flags).config, bfloat16=False, on_cpu=True)
         assert document["gradient_clipping"] == 0.0
         assert document["zero_optimization"]["reduce_scatter"] is (zero < 3)
