@@ -363,6 +363,52 @@ def export(
     )
 
 
+@app.command(
+    "config",
+    epilog=examples(
+        "epctl config --ep 4 --zero 3",
+        "epctl config --ep 2 --zero 1 --set train.precision=bfloat16 --explain",
+        "epctl config moonshotai/Moonlight-16B-A3B --ep 8 --json",
+    ),
+)
+def show_config(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id or folder; default: the embedded small model.")
+    ] = None,
+    ep: Annotated[int | None, typer.Option(help="Expert parallel size.")] = None,
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.")] = None,
+    optim: Annotated[str | None, typer.Option(help="Optimizer: muon or adamw.")] = None,
+    moe: Annotated[str | None, typer.Option(help="MoE layer: epctl or autoep.")] = None,
+    num_ranks: Annotated[int | None, typer.Option(help="Ranks.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings from a TOML file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, `section.key=value`.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show why each key has its value.")
+    ] = False,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show the DeepSpeed JSON of a run, and with --explain the reason of each value."""
+    from epctl.config import resolve_config
+    from epctl.launch.config_command import show_config as run_config
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    flags = {
+        "model.reference": model,
+        "parallel.ep": ep,
+        "parallel.zero": zero,
+        "parallel.num_ranks": num_ranks,
+        "parallel.device": device,
+        "optim.name": optim,
+        "moe.implementation": moe,
+    }
+    resolved = resolve_config(file=config, settings=settings, flags=flags)
+    run_config(resolved, out, explain=explain)
+
+
 def main() -> None:
     """Runs the command line; the console script `epctl` points here."""
     app()

@@ -104,7 +104,7 @@ REASONS: dict[str, str] = {
     "zero_force_ds_cpu_optimizer": "the same, when `optim.offload` puts masters and state on CPU",
     "zero_optimization.stage": "what is partitioned: 1 optimizer state, 2 gradients, 3 parameters",
     "zero_optimization.reduce_scatter": (
-        "ZeRO-1/2 with experts needs it; epctl's Muon allows it; DeepSpeed's Muon at ZeRO-3 does not"
+        "ZeRO-1/2 with experts needs it; epctl's Muon allows it; DeepSpeed's own at ZeRO-3 does not"
     ),
     "zero_optimization.overlap_comm": "on GPUs only: gloo gains nothing from it",
     "zero_optimization.reduce_bucket_size": "on CPU: small buckets, a host's memory is shared",
@@ -113,8 +113,8 @@ REASONS: dict[str, str] = {
         "elements below which a parameter stays whole: norms and biases do, router weights do not"
     ),
     "zero_optimization.stage3_prefetch_bucket_size": "on CPU: no copy runs ahead of its use",
-    "zero_optimization.offload_optimizer.device": "`optim.offload`: masters and state in host memory",
-    "zero_optimization.offload_optimizer.pin_memory": "pinned for copies from a GPU, pointless on CPU",
+    "zero_optimization.offload_optimizer.device": "`optim.offload`: state in host memory",
+    "zero_optimization.offload_optimizer.pin_memory": "pinned for copies from a GPU",
     "bf16.enabled": "`train.precision`: auto is bfloat16 on GPUs, float32 on CPU",
     "data_types.grad_accum_dtype": (
         "micro-steps add up in float32; at ZeRO-1 only if there is more than one, at ZeRO-0 never: "
@@ -130,7 +130,7 @@ REASONS: dict[str, str] = {
     "optimizer.params.weight_decay": "decoupled",
     "optimizer.params.betas": "AdamW",
     "optimizer.params.eps": "AdamW",
-    "optimizer.params.ns_method": "Newton-Schulz: the Gram form unless the standard one is asked for",
+    "optimizer.params.ns_method": "the Gram form unless the standard one is asked for",
     "optimizer.params.per_head_muon": "each attention head orthogonalised apart",
     "optimizer.params.torch_adam": "on CPU: torch's Adam, because the fused one needs a compiler",
     "expert_parallel.enabled": "`moe.implementation` autoep: the engine replaces the MoE blocks",

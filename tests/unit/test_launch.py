@@ -11,7 +11,7 @@ from epctl.errors import ConfigError, ResourceError
 from epctl.launch.chart import braille_chart
 from epctl.launch.command import launch_command, rank_environment
 from epctl.launch.devices import Placement, count_gpus, place_ranks
-from epctl.launch.ds_config import REASONS, deepspeed_config
+from epctl.launch.ds_config import deepspeed_config
 from epctl.launch.run_folder import choose_run_folder
 from epctl.launch.supervise import EventTail
 from epctl.runtime.mesh import Mesh, validate_expert_parallel
@@ -129,9 +129,6 @@ def test_deepspeed_config_states_clipping_at_every_stage(zero: int) -> None:
     assert document["gradient_clipping"] == (0.0 if zero == 0 else 1.0)
     assert document["zero_optimization"]["reduce_scatter"] is True
     assert "expert_parallel" not in document
-    flat = set(document) | {f"zero_optimization.{k}" for k in document["zero_optimization"]}
-    flat |= {"data_types.grad_accum_dtype"}
-    assert set(REASONS) <= flat
 
 
 def test_braille_chart_falls_from_left_to_right() -> None:
