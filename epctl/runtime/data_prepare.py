@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from epctl.config import DataSection, RunConfig
-from epctl.errors import InputError
+from epctl.errors import ConfigError, InputError
 from epctl.runtime.data_batch import PackedData
 from epctl.runtime.data_encode import ChatEncoder, Encoder, TextEncoder
 from epctl.runtime.data_files import RecordSource, find_records
@@ -63,6 +63,11 @@ def load_data(
     if not (folder / MANIFEST).exists():
         _prepare(config, folder, mesh, source, _encoder(config.data, kind, tokenizer), vocab_size)
     counts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if counts["settings"] != _stored_settings(config.data):
+        raise ConfigError(
+            f"`{folder}` holds tokens of other data: {counts['settings']}",
+            hint="resume with the run's own `--data` settings, or start a new run",
+        )
     num_parts = counts["num_ranks"]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     train, held_out = _rows(config, folder, num_parts, kind, pad_id)
@@ -79,6 +84,13 @@ def load_data(
     )
     shuffle = config.data.shuffle
     return PackedData(train, held_out, config.train.seed, shuffle=shuffle), facts
+
+
+def _stored_settings(data: DataSection) -> dict[str, Any]:
+    """Returns the settings that decide which tokens are stored; packing and order come later."""
+    later = {"packing", "shuffle"}
+    values: dict[str, Any] = json.loads(data.model_dump_json(exclude=later))
+    return values
 
 
 def training_source(data: DataSection) -> RecordSource:
@@ -135,7 +147,7 @@ def _prepare(
     gathered: list[Any] = [None] * mesh.num_ranks
     dist.all_gather_object(gathered, counts["train"])
     if mesh.rank == 0:
-        _write_manifest(folder, gathered)
+        _write_manifest(folder, gathered, _stored_settings(data))
     dist.barrier()
 
 
@@ -154,11 +166,12 @@ def _token_budget(config: RunConfig, mesh: Mesh) -> int | None:
     return (total + tokens_per_step) // mesh.num_ranks + train.sequence_length
 
 
-def _write_manifest(folder: Path, gathered: list[StoredCounts]) -> None:
+def _write_manifest(folder: Path, gathered: list[StoredCounts], settings: dict[str, Any]) -> None:
     names = asdict(StoredCounts()).keys()
     totals = {name: sum(getattr(counts, name) for counts in gathered) for name in names}
     staging = folder / f"{MANIFEST}.tmp"
-    staging.write_text(json.dumps({"num_ranks": len(gathered), **totals}), encoding="utf-8")
+    document = {"num_ranks": len(gathered), **totals, "settings": settings}
+    staging.write_text(json.dumps(document), encoding="utf-8")
     staging.rename(folder / MANIFEST)
 
 

@@ -68,6 +68,15 @@ def test_a_rank_reads_its_own_experts_and_no_others(
     assert together == dense | set(expert_of)
 
 
+@pytest.mark.parametrize(("ep", "zero"), GRID)
+def test_the_schedule_reaches_every_group(loaded: list[dict[str, Any]], ep: int, zero: int) -> None:
+    """Warm-up of one step: half the rate, then all of it, for dense and expert groups alike."""
+    rates = loaded[0][f"ep{ep}-zero{zero}"]["rates"]
+    num_groups = len(rates) // 2
+    assert num_groups == 3  # Muon dense, Muon experts, AdamW
+    assert rates == [1e-3] * num_groups + [2e-3] * num_groups
+
+
 def test_stale_tensors_and_widened_ones_are_told(loaded: list[dict[str, Any]]) -> None:
     result = loaded[0]["ep4-zero3"]
     assert result["notes"] == [

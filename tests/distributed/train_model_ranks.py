@@ -112,14 +112,23 @@ def first_loss(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = open_model(case["model"])
     events = EventLog(folder, mesh.rank)
     module, ds_config = build(config, mesh, model, CPU, events)
-    engine, _, scheduler = create_engine(module, config, ds_config)
+    engine, optimizer, scheduler = create_engine(module, config, ds_config)
+    rates = [group["lr"] for group in optimizer.param_groups]
     ids = torch.randint(0, 256, (8, LENGTH), generator=torch.Generator().manual_seed(1))
     batches = list(ids.chunk(mesh.num_ranks)[mesh.rank].split(2))
     loss, norm = train_step(engine, scheduler, batches, config, mesh)
+    rates += [group["lr"] for group in optimizer.param_groups]
     counts = vars(model.weights.counts)  # type: ignore[attr-defined]
     read = sorted(model.weights.read)  # type: ignore[attr-defined]
     engine.destroy()
-    return {"loss": loss, "norm": norm, "read": read, "notes": model.notes, **counts}
+    return {
+        "loss": loss,
+        "norm": norm,
+        "read": read,
+        "notes": model.notes,
+        "rates": rates,
+        **counts,
+    }
 
 
 def peak_memory(case: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The first hour with Moonlight: look, prove, train, talk to it.
+#
+#   examples/moonlight/first_hour.sh                  8 GPUs, Moonlight-16B-A3B, your chats.jsonl
+#   MODEL=./tiny EP=2 examples/moonlight/first_hour.sh    any model of the same layout
+#
+# Everything is one epctl command a step; stop after any of them and go on later.
+set -euo pipefail
+
+MODEL=${MODEL:-moonshotai/Moonlight-16B-A3B}
+DATA=${DATA:-chats.jsonl}          # one {"messages": [{"role": ..., "content": ...}, ...]} a line
+EP=${EP:-8}                        # expert parallel size: GPUs that share the experts
+ZERO=${ZERO:-3}
+STEPS=${STEPS:-200}
+LENGTH=${LENGTH:-4096}             # tokens a sequence
+CHECK_LAYERS=${CHECK_LAYERS:-3}    # depth of the proof; three layers of Moonlight fit one GPU
+RUN=${RUN:-runs/moonlight-first-hour}
+EPCTL=${EPCTL:-epctl}
+PYTHON=${PYTHON:-python}
+# Moonlight's own tokenizer is Python code. Either trust a commit that you have read
+# (`--trust-remote-code` with MODEL=org/name@COMMIT), or name a tokenizer in plain files.
+read -r -a EXTRA <<< "${EXTRA:-}"
+
+WHAT=("$MODEL" --data "$DATA" --ep "$EP" --zero "$ZERO" --set "train.sequence_length=$LENGTH")
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+echo "== 1. What is it? Read from headers, nothing is downloaded." >&2
+$EPCTL inspect "$MODEL"
+
+echo "== 2. What would run, and what will it hold?" >&2
+$EPCTL train "${WHAT[@]}" "${EXTRA[@]}" --steps "$STEPS" --dry-run
+
+echo "== 3. Does this layout train as the whole model does? Exit 7 if not." >&2
+$EPCTL train "${WHAT[@]}" "${EXTRA[@]}" --check --check-layers "$CHECK_LAYERS" -o "$RUN-check"
+
+echo "== 4. Train, with checkpoints to resume from." >&2
+$EPCTL train "${WHAT[@]}" "${EXTRA[@]}" --steps "$STEPS" -o "$RUN" \
+  --set run.checkpoint_every=$((STEPS / 2))
+
+echo "== 5. Talk to it: the run's model folder is a plain Hugging Face model." >&2
+"$PYTHON" "$HERE/sample.py" "$RUN/model" "What is 2 plus 2?"
