@@ -48,6 +48,7 @@ class AttentionLogits:
         self.interval = interval
         self.num_steps = 0
         self.latest: dict[str, Tensor] = {}
+        self.latest_report: LogitReport | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
         self._maxima_H: dict[str, Tensor] = {}
         self._warned = False
@@ -74,7 +75,8 @@ class AttentionLogits:
     def collect(self) -> LogitReport | None:
         """Ends a step: returns the largest logit if it was measured. A collective if so.
 
-        `latest` then holds the maxima of each layer's heads over all ranks.
+        `latest` then holds the maxima of each layer's heads over all ranks, `latest_report` the
+        result until the next measurement.
         """
         measured = self.num_steps % self.interval == 0
         self.num_steps += 1
@@ -88,9 +90,9 @@ class AttentionLogits:
         parts = torch.split(joined, sizes)
         self.latest = dict(zip(names, parts, strict=True))
         self._maxima_H = {}
-        report = _report(self.latest)
-        self._warn(report)
-        return report
+        self.latest_report = _report(self.latest)
+        self._warn(self.latest_report)
+        return self.latest_report
 
     def _warn(self, report: LogitReport) -> None:
         if report.largest > WARN_ABOVE and not self._warned:
