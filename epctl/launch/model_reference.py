@@ -12,7 +12,7 @@ from pathlib import Path
 
 from epctl.config import ModelSection
 from epctl.errors import ConfigError, HubError, InputError, LayoutError
-from epctl.hub import parse_reference, resolve
+from epctl.hub import endpoint, parse_reference, resolve
 from epctl.layout.detect import detect
 from epctl.layout.model import ModelLayout
 from epctl.layout.source import ModelSource
@@ -117,7 +117,12 @@ def _download(
             hint="give the path of a local copy: `epctl train ./FOLDER`",
         )
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
+        # Given by hand: huggingface_hub reads HF_ENDPOINT once, when it is imported.
+        return Path(
+            snapshot_download(
+                model_id, revision=revision, allow_patterns=patterns, endpoint=endpoint()
+            )
+        )
     except Exception as error:  # network errors of several libraries
         raise HubError(
             f"`{model_id}` cannot be downloaded: {type(error).__name__}: {error}",
