@@ -18,10 +18,10 @@ from epctl.kernels import weight_gradient
 from epctl.kernels.permute import (
     RoutingTables,
     combine,
-    gather_weight_gradient,
     max_tiles,
     routing_tables,
     spread,
+    zero_beyond,
 )
 from epctl.kernels.tiles import TileTable, choose_tiles
 
@@ -51,7 +51,7 @@ def _moe_forward(
     h, a_NI = gemm.gate_up(x_TD, w1_EID, w3_EID, tables, top_k, tiles.gate_up, write_h=keep_h)
     y_ND = gemm.down(a_NI, w2_EDI, tables, tiles.down)
     del a_NI
-    return combine(y_ND, tables.row_of_pair_N, weights_TK, top_k), h, *tables
+    return combine(y_ND, tables.row_of_pair_N, weights_TK, top_k)[0], h, *tables
 
 
 @_moe_forward.register_fake
@@ -97,14 +97,15 @@ def _moe_backward(
     a_NI, partial_PN = gemm.down_backward(
         dy, w2_EDI, h, weights_TK, sorted_order, tiles.down_backward
     )
-    dweights_TK = gather_weight_gradient(partial_PN, sorted_order.row_of_pair_N, weights_TK.shape)
+    zero_beyond(h, a_NI, sorted_order.offsets_E)
     # Each temporary dies before the next large gradient is made: the order is the peak memory.
     dw2_EDI = weight_gradient.down_weight_gradient(
         dy, a_NI, w2_EDI, sorted_order, tiles.down_weight_gradient
     )
-    del dy, a_NI, partial_PN
+    del dy, a_NI
     dx_ND = gemm.input_gradient(h, w1_EID, w3_EID, sorted_order, tiles.input_gradient)
-    dx_TD = combine(dx_ND, sorted_order.row_of_pair_N, None, top_k)
+    dx_TD, dweights_TK = combine(dx_ND, sorted_order.row_of_pair_N, None, top_k, partial_PN)
+    assert dweights_TK is not None
     del dx_ND
     x = spread(x_TD, sorted_order, top_k)
     dw1_EID, dw3_EID = weight_gradient.gate_up_weight_gradient(

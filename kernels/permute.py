@@ -222,37 +222,32 @@ def _spread_kernel(
     tokens_ptr,
     out_ptr,
     padded_row_of_pair_ptr,
+    offsets_ptr,
+    padded_offsets_ptr,
+    num_tokens,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(tokens_ptr + token * HIDDEN + column, mask=column < HIDDEN, other=0.0)
-    for choice in tl.static_range(TOP_K):
-        row = tl.load(padded_row_of_pair_ptr + token * TOP_K + choice).to(tl.int64)
-        limit = tl.where(row >= 0, HIDDEN, 0)
-        tl.store(out_ptr + row * HIDDEN + column, values, mask=column < limit)
-
-
-@triton.jit
-def _zero_padding_kernel(
-    out_ptr,
-    offsets_ptr,
-    padded_offsets_ptr,
-    HIDDEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    expert = tl.program_id(0)
-    start = tl.load(padded_offsets_ptr + expert)
-    num_rows = tl.load(offsets_ptr + expert + 1) - tl.load(offsets_ptr + expert)
-    end = tl.load(padded_offsets_ptr + expert + 1)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    rows = start + num_rows + tl.arange(0, ROWS)
-    inside = (rows < end)[:, None] & (column < HIDDEN)[None, :]
-    at = out_ptr + rows.to(tl.int64)[:, None] * HIDDEN + column[None, :]
-    tl.store(at, tl.zeros((ROWS, BLOCK), dtype=out_ptr.dtype.element_ty), mask=inside)
+    if program < num_tokens:
+        token = program.to(tl.int64)
+        values = tl.load(tokens_ptr + token * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+        for choice in tl.static_range(TOP_K):
+            row = tl.load(padded_row_of_pair_ptr + token * TOP_K + choice).to(tl.int64)
+            limit = tl.where(row >= 0, HIDDEN, 0)
+            tl.store(out_ptr + row * HIDDEN + column, values, mask=column < limit)
+    else:
+        # One program for each expert's padding, which is shorter than a block of rows.
+        expert = program - num_tokens
+        used = tl.load(offsets_ptr + expert + 1) - tl.load(offsets_ptr + expert)
+        start = tl.load(padded_offsets_ptr + expert) + used
+        zeros = tl.zeros((BLOCK,), dtype=out_ptr.dtype.element_ty)
+        at = out_ptr + start.to(tl.int64) * HIDDEN + column
+        for _ in range(start, tl.load(padded_offsets_ptr + expert + 1)):
+            tl.store(at, zeros, mask=column < HIDDEN)
+            at += HIDDEN
 
 
 def spread(tokens_TD: Tensor, tables: RoutingTables, top_k: int) -> Tensor:
@@ -265,23 +260,17 @@ def spread(tokens_TD: Tensor, tables: RoutingTables, top_k: int) -> Tensor:
     num_padded = num_rows + min(num_experts, num_rows) * (PADDING - 1)
     out = tokens_TD.new_empty(triton.cdiv(num_padded, PADDING) * PADDING, hidden)
     block = min(2048, triton.next_power_of_2(hidden))
-    columns = triton.cdiv(hidden, block)
-    _spread_kernel[(num_tokens, columns)](
+    _spread_kernel[(num_tokens + num_experts, triton.cdiv(hidden, block))](
         tokens_TD,
         out,
         tables.padded_row_of_pair_N,
+        tables.offsets_E,
+        tables.padded_offsets_E,
+        num_tokens,
         HIDDEN=hidden,
         TOP_K=top_k,
         BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
-    )
-    _zero_padding_kernel[(num_experts, triton.cdiv(hidden, 64))](
-        out,
-        tables.offsets_E,
-        tables.padded_offsets_E,
-        HIDDEN=hidden,
-        ROWS=PADDING,
-        BLOCK=64,
     )
     return out
 
@@ -292,12 +281,25 @@ def _combine_kernel(
     weights_ptr,
     row_of_pair_ptr,
     out_ptr,
+    partial_ptr,
+    dweights_ptr,
+    num_rows,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    PART_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    if NUM_PARTS > 0 and tl.program_id(1) == 0:
+        part = tl.arange(0, PART_BLOCK)
+        for choice in tl.static_range(TOP_K):
+            pair = token * TOP_K + choice
+            pair_row = tl.load(row_of_pair_ptr + pair).to(tl.int64)
+            parts = tl.where(pair_row >= 0, NUM_PARTS, 0)
+            at = partial_ptr + part.to(tl.int64) * num_rows + pair_row
+            tl.store(dweights_ptr + pair, tl.sum(tl.load(at, mask=part < parts, other=0.0)))
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for choice in tl.static_range(TOP_K):
@@ -316,86 +318,75 @@ def _combine_kernel(
 
 
 def combine(
-    rows_ND: Tensor, row_of_pair_N: Tensor, weights_TK: Tensor | None, top_k: int
-) -> Tensor:
-    """Returns, for each token, the sum of its rows, [T, D], times its float32 weights if given."""
-    num_tokens, hidden = row_of_pair_N.numel() // top_k, rows_ND.shape[1]
-    out_TD = torch.empty(num_tokens, hidden, dtype=rows_ND.dtype, device=rows_ND.device)
-    if out_TD.numel():
-        block = min(2048, triton.next_power_of_2(hidden))
-        _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
-            rows_ND,
-            weights_TK,
-            row_of_pair_N,
-            out_TD,
-            HIDDEN=hidden,
-            TOP_K=top_k,
-            WEIGHTED=weights_TK is not None,
-            BLOCK=block,
-            num_warps=max(1, min(8, block // 256)),
-        )
-    return out_TD
+    rows_ND: Tensor,
+    row_of_pair_N: Tensor,
+    weights_TK: Tensor | None,
+    top_k: int,
+    partial_PN: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the sum of each token's rows, [T, D], times its float32 weights if given.
 
-
-@triton.jit
-def _weight_gradient_kernel(
-    partial_ptr,
-    row_of_pair_ptr,
-    out_ptr,
-    num_pairs,
-    num_rows,
-    NUM_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = pair < num_pairs
-    row = tl.load(row_of_pair_ptr + pair, mask=exists, other=-1).to(tl.int64)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in range(NUM_PARTS):
-        total += tl.load(partial_ptr + part * num_rows + row, mask=row >= 0, other=0.0)
-    tl.store(out_ptr + pair, total, mask=exists)
-
-
-def gather_weight_gradient(partial_PN: Tensor, row_of_pair_N: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the float32 gradient of the router's weights from P partial sums for each row."""
-    out_TK = torch.empty(shape, dtype=torch.float32, device=partial_PN.device)
-    num_parts, num_rows = partial_PN.shape
-    if num_rows:
-        _weight_gradient_kernel[(triton.cdiv(num_rows, 256),)](
-            partial_PN,
-            row_of_pair_N,
-            out_TK,
-            num_rows,
-            num_rows,
-            NUM_PARTS=num_parts,
-            BLOCK=256,
-        )
-    return out_TK
+    With `partial_PN`, P partial sums for each row, also returns their totals for each choice,
+    float32 [T, K]: the gradient of the router's weights, for one launch less.
+    """
+    num_tokens, (num_rows, hidden) = row_of_pair_N.numel() // top_k, rows_ND.shape
+    out_TD = rows_ND.new_empty(num_tokens, hidden)
+    num_parts = 0 if partial_PN is None else len(partial_PN)
+    dweights_TK = None
+    if partial_PN is not None:
+        dweights_TK = partial_PN.new_empty(num_tokens, top_k)
+    block = min(2048, triton.next_power_of_2(hidden))
+    _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
+        rows_ND,
+        weights_TK,
+        row_of_pair_N,
+        out_TD,
+        partial_PN,
+        dweights_TK,
+        num_rows,
+        HIDDEN=hidden,
+        TOP_K=top_k,
+        WEIGHTED=weights_TK is not None,
+        NUM_PARTS=num_parts,
+        PART_BLOCK=triton.next_power_of_2(max(1, num_parts)),
+        BLOCK=block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return out_TD, dweights_TK
 
 
 @triton.jit
 def _zero_beyond_kernel(
-    rows_ptr,
+    wide_ptr,
+    narrow_ptr,
     offsets_ptr,
     num_rows,
-    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.load(offsets_ptr + NUM_EXPERTS).to(tl.int64) + tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = rows_ptr + row * WIDTH + column
-    zero = tl.zeros((BLOCK,), dtype=rows_ptr.dtype.element_ty)
-    tl.store(at, zero, mask=column < tl.where(row < num_rows, WIDTH, 0))
+    zero = tl.zeros((BLOCK,), dtype=wide_ptr.dtype.element_ty)
+    exists = row < num_rows
+    tl.store(wide_ptr + row * WIDE + column, zero, mask=column < tl.where(exists, WIDE, 0))
+    tl.store(narrow_ptr + row * NARROW + column, zero, mask=column < tl.where(exists, NARROW, 0))
 
 
-def zero_beyond(rows: Tensor, offsets_E: Tensor, count: int) -> None:
-    """Zeroes the `count` rows that follow the last used one, in place.
+def zero_beyond(wide: Tensor, narrow: Tensor, offsets_E: Tensor) -> None:
+    """Zeroes, in place, the block of rows that follows the last used one in both tensors.
 
     Weight gradients multiply them by zeros; what an allocation happens to hold may be NaN.
     """
-    num_rows, width = rows.shape
-    if rows.numel():
-        _zero_beyond_kernel[(count, triton.cdiv(width, 1024))](
-            rows, offsets_E, num_rows, WIDTH=width, NUM_EXPERTS=offsets_E.numel() - 1, BLOCK=1024
-        )
+    num_rows, width = wide.shape
+    _zero_beyond_kernel[(PADDING, triton.cdiv(width, 1024))](
+        wide,
+        narrow,
+        offsets_E,
+        num_rows,
+        WIDE=width,
+        NARROW=narrow.shape[1],
+        NUM_EXPERTS=offsets_E.numel() - 1,
+        BLOCK=1024,
+    )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epctl.kernels.permute import RoutingTables, zero_beyond
+from epctl.kernels.permute import RoutingTables
 from epctl.kernels.tile_access import (
     can_use_tma,
     launch_options,
@@ -149,7 +149,6 @@ def down_weight_gradient(
     dw2_EDI = torch.empty_like(w2_EDI)
     num_experts, hidden, intermediate = w2_EDI.shape
     use_tma = can_use_tma((w2_EDI,))
-    zero_beyond(a_NI, tables.offsets_E, tile.block_k)
     out = store_window(dw2_EDI, tile.block_n, tile.block_m, tile, use_tma)
     grid = triton.cdiv(intermediate, tile.block_m) * triton.cdiv(hidden, tile.block_n)
     _weight_gradient_kernel[(grid, num_experts)](
@@ -177,7 +176,6 @@ def gate_up_weight_gradient(
     dw1_EID, dw3_EID = torch.empty_like(w1_EID), torch.empty_like(w1_EID)
     num_experts, intermediate, hidden = w1_EID.shape
     use_tma = can_use_tma((w1_EID,))
-    zero_beyond(dh, tables.offsets_E, tile.block_k)
     grid = 2 * triton.cdiv(intermediate, tile.block_m) * triton.cdiv(hidden, tile.block_n)
     _weight_gradient_kernel[(grid, num_experts)](
         load_window(dh, tile.block_k, tile.block_m, use_tma),

@@ -239,16 +239,19 @@ def test_moe_forward_is_deterministic(moe: ModuleType, make_problem: Callable) -
     assert torch.equal(first, second)
 
 
-@gpu
-def test_moe_under_compile_and_checkpoint(moe: ModuleType, make_problem: Callable) -> None:
+def test_moe_under_compile_and_checkpoint(
+    moe: ModuleType, make_problem: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    problem = make_problem(1000, 256, 320, 16, 4, torch.bfloat16)
+    problem = make_problem(63, 64, 64, 4, 2)
+    # The compiler cannot trace through the poisoned allocators.
+    monkeypatch.undo()
     x, experts, weights, *matrices, dy = problem
     gradients = []
     for block in (
         moe.moe_mlp,
-        torch.compile(moe.moe_mlp, fullgraph=True),
+        torch.compile(moe.moe_mlp, fullgraph=True, backend="aot_eager"),
         lambda *arguments: checkpoint(moe.moe_mlp, *arguments, use_reentrant=False),
     ):
         leaf = x.clone().requires_grad_()

@@ -1,0 +1,262 @@
+"""The peers of `epctl bench moe`: each builds its own block from the problem's weights.
+
+A peer is imported only here and only when asked for; one that is not installed, or does not run,
+is left out with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epctl.bench.moe import SCALE, Implementation, Problem, epctl_block, leaf_gradients, reset
+from epctl.kernels import grouped_mm, route, router_logits
+
+
+def _zero_gradients(module: nn.Module, problem: Problem) -> Callable[[], None]:
+    def run() -> None:
+        module.zero_grad(set_to_none=True)
+        reset(problem)
+
+    return run
+
+
+def _torch_grouped_mm(problem: Problem) -> Implementation:
+    def forward() -> Tensor:
+        weights_TK, experts_TK = route(
+            router_logits(problem.x_TD, problem.router_ED),
+            problem.bias_E,
+            top_k=problem.top_k,
+            normalize=True,
+            scale=SCALE,
+        )
+        y_TD: Tensor = grouped_mm.moe_mlp(
+            problem.x_TD, experts_TK, weights_TK, problem.w1_EID, problem.w3_EID, problem.w2_EDI
+        )
+        return y_TD
+
+    return Implementation(
+        "torch-grouped-mm",
+        forward,
+        lambda: leaf_gradients(problem),
+        lambda: reset(problem),
+        "epctl's fallback without Triton; router by epctl",
+    )
+
+
+class _FusedExperts(nn.Module):
+    """The experts as transformers 5 stores them, gate above up in one parameter."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        gate_up = torch.cat([problem.w1_EID.detach(), problem.w3_EID.detach()], dim=1)
+        self.gate_up_proj = nn.Parameter(gate_up)
+        self.down_proj = nn.Parameter(problem.w2_EDI.detach().clone())
+
+
+def _fused_gradients(
+    experts: Any, router: Tensor, problem: Problem
+) -> Callable[[], dict[str, Tensor]]:
+    def run() -> dict[str, Tensor]:
+        gate, up = experts.gate_up_proj.grad.chunk(2, dim=1)
+        return {
+            "dx": _gradient(problem.x_TD),
+            "drouter": _gradient(router),
+            "dw1": gate,
+            "dw3": up,
+            "dw2": experts.down_proj.grad,
+        }
+
+    return run
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    # Infinity is what the gate shows for a gradient that never came.
+    return torch.full_like(tensor, torch.inf) if tensor.grad is None else tensor.grad
+
+
+def _transformers_config(problem: Problem) -> Any:
+    from transformers import DeepseekV3Config
+
+    num_experts, intermediate, hidden = problem.w1_EID.shape
+    config = DeepseekV3Config(
+        hidden_size=hidden,
+        moe_intermediate_size=intermediate,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=problem.top_k,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=SCALE,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_hidden_layers=1,
+    )
+    config._experts_implementation = "grouped_mm"
+    return config
+
+
+def _transformers_router(problem: Problem) -> Any:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
+
+    with torch.device(problem.x_TD.device):
+        router = modeling.DeepseekV3TopkRouter(_transformers_config(problem))
+    router.to(problem.x_TD.dtype)
+    router.weight.data.copy_(problem.router_ED.detach())
+    router.e_score_correction_bias = problem.bias_E.clone()
+    return router
+
+
+def _transformers(problem: Problem) -> Implementation:
+    from transformers.models.qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as modeling
+
+    num_experts, intermediate, hidden = problem.w1_EID.shape
+    config = Qwen3MoeConfig(
+        hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=num_experts
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        experts = modeling.Qwen3MoeExperts(config)
+    stored = _FusedExperts(problem)
+    experts.gate_up_proj, experts.down_proj = stored.gate_up_proj, stored.down_proj
+    router = _transformers_router(problem)
+    block = nn.ModuleDict({"router": router, "experts": experts})
+
+    def forward() -> Tensor:
+        _, weights_TK, experts_TK = router(problem.x_TD)
+        y_TD: Tensor = experts(problem.x_TD, experts_TK, weights_TK)
+        return y_TD
+
+    return Implementation(
+        "transformers",
+        forward,
+        _fused_gradients(experts, router.weight, problem),
+        _zero_gradients(block, problem),
+        "experts_implementation grouped_mm, DeepSeek-V3 router",
+    )
+
+
+def _liger(problem: Problem) -> Implementation:
+    # Its autotuner takes minutes on a first call; this pins what it calls its default tiles.
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    router = _transformers_router(problem)
+    experts = _FusedExperts(problem)
+    block = nn.ModuleDict({"router": router, "experts": experts})
+
+    def forward() -> Tensor:
+        _, weights_TK, experts_TK = router(problem.x_TD)
+        y_TD: Tensor = LigerFusedMoEFunction.apply(
+            problem.x_TD,
+            experts.gate_up_proj,
+            experts.down_proj,
+            experts_TK.to(torch.int32),
+            weights_TK,
+        )
+        return y_TD
+
+    return Implementation(
+        "liger",
+        forward,
+        _fused_gradients(experts, router.weight, problem),
+        _zero_gradients(block, problem),
+        "autotune off, DeepSeek-V3 router of transformers",
+    )
+
+
+def _deepspeed(name: str, note: str, **options: str) -> Callable[[Problem], Implementation]:
+    def build(problem: Problem) -> Implementation:
+        layer = _deepspeed_layer(problem, options)
+
+        def forward() -> Tensor:
+            y = layer(problem.x_TD.unsqueeze(0))
+            y_TD: Tensor = (y[0] if isinstance(y, tuple) else y).view_as(problem.x_TD)
+            return y_TD
+
+        def gradients() -> dict[str, Tensor]:
+            return {
+                "dx": _gradient(problem.x_TD),
+                "drouter": _gradient(layer.router.gate.weight),
+                "dw1": _gradient(layer.experts.w1),
+                "dw3": _gradient(layer.experts.w3),
+                "dw2": _gradient(layer.experts.w2),
+            }
+
+        return Implementation(name, forward, gradients, _zero_gradients(layer, problem), note)
+
+    return build
+
+
+def _deepspeed_layer(problem: Problem, options: dict[str, str]) -> Any:
+    from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    num_experts, intermediate, hidden = problem.w1_EID.shape
+    source = nn.Module()
+    source.gate = nn.Linear(hidden, num_experts, bias=False, device="meta")
+    source.gate.weight = nn.Parameter(problem.router_ED.detach().clone())
+    # A buffer, or AutoEP leaves it out and says so in a log line.
+    source.gate.register_buffer("e_score_correction_bias", problem.bias_E.clone())
+    source.experts = _FusedExperts(problem)
+    spec = MoELayerSpec(
+        moe_module_name="block",
+        model_family="deepseek_v3",
+        router_name="gate",
+        experts_name="experts",
+        expert_storage="fused_3d",
+        expert_w1_name="gate_up_proj",
+        expert_w2_name="down_proj",
+        expert_w3_name=None,
+        num_experts=num_experts,
+        top_k=problem.top_k,
+        hidden_size=hidden,
+        ffn_hidden_size=intermediate,
+        score_func="sigmoid",
+        score_apply="post",
+        route_norm=True,
+        gate_bias=False,
+        return_router_logits=False,
+        router_logits_capture_target="none",
+        router_logits_capture_index=None,
+        router_logits_capture_layer_name=None,
+        has_shared_experts=False,
+        shared_experts_name="",
+        route_scale=SCALE,
+    )
+    config = AutoEPConfig(enabled=True, autoep_size=1, **options)
+    layer = AutoEPMoELayer(spec, source, ep_size=1, ep_rank=0, config=config)
+    # It makes its parameters in the default dtype on the default device.
+    layer.to(device=problem.x_TD.device, dtype=problem.x_TD.dtype)
+    # In bf16 the bias would choose other experts than the float32 reference does.
+    layer.router.e_score_correction_bias = problem.bias_E.clone()
+    return layer
+
+
+PEERS: dict[str, Callable[[Problem], Implementation]] = {
+    "deepspeed": _deepspeed("deepspeed", "AutoEP, ep 1, defaults"),
+    "deepspeed-fused": _deepspeed(
+        "deepspeed-fused",
+        "AutoEP, ep 1, combine_impl fused_weighted_sum, gate_up_impl fused",
+        combine_impl="fused_weighted_sum",
+        gate_up_impl="fused",
+    ),
+    "transformers": _transformers,
+    "liger": _liger,
+    "torch-grouped-mm": _torch_grouped_mm,
+}
+
+
+def build(name: str, problem: Problem) -> Implementation | str:
+    """Returns epctl's own block or a peer, or the reason why the peer cannot take part."""
+    if name == "epctl":
+        return epctl_block(problem)
+    try:
+        return PEERS[name](problem)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
