@@ -20,7 +20,8 @@ def output_lock(output: Path) -> Iterator[str | None]:
 
     path = output.with_name(output.name + ".lock")
     previous = _owner(path)
-    lock = SoftFileLock(path, timeout=0)
+    # The first try clears a stale lock away, a later one takes its place.
+    lock = SoftFileLock(path, timeout=1.0)
     try:
         lock.acquire()
     except Timeout:

@@ -63,7 +63,8 @@ def from_float64(values: NDArray[np.float64]) -> NDArray[np.uint16]:
     Going through float32 would round twice; the float32 next to an inexact one on its odd side
     keeps the information that the second rounding needs.
     """
-    near = values.astype(np.float32)
+    with np.errstate(over="ignore"):  # to infinity, as the rounding has it
+        near = values.astype(np.float32)
     bits = near.view(np.uint32).copy()
     inexact = np.isfinite(values) & np.isfinite(near) & (near.astype(np.float64) != values)
     away = np.abs(near.astype(np.float64)) > np.abs(values)
@@ -190,9 +191,9 @@ def scale_block(
     sides: list[int] = []
     for dim in range(2):
         size, count = shape[dim], grid[dim]
-        candidates = [stated[dim]] if stated else []
         # With two blocks or more, one power of two fits at most; with one, any covers the dim.
-        candidates += [1 << power for power in range(4, 15)] + [max(1, size), 1]
+        candidates = [stated[dim]] if stated else [1 << power for power in range(4, 15)]
+        candidates += [max(1, size), 1]
         side = next((c for c in candidates if c and -(-size // c) == count), None)
         if side is None:
             raise InputError(

@@ -84,8 +84,8 @@ def show_result(title: str, manifest: Mapping[str, Any], output: Path, seconds: 
     table.add_row("time", f"{format_seconds(seconds)}, {rate:.2f} GB/s")
     table.add_row("dropped", f"{_count(manifest['dropped'])} tensors")
     table.add_row("dtype changed", f"{_count(manifest['changed'])} tensors")
-    table.add_row("digest", manifest["digest"])
     out.data(table)
+    out.text(f"digest: {manifest['digest']}")  # a table would fold it
     _show_lists(
         [(entry["name"], entry["reason"]) for entry in manifest["dropped"]],
         [(e["name"], f"{e['from']} -> {e['to']}") for e in manifest["changed"]],

@@ -126,8 +126,13 @@ def view_of_model(source: ModelSource) -> CheckpointView:
     ordered = sorted(
         source.tensors.items(), key=lambda item: (rank_of_file[item[1].file], item[1].start)
     )
+    # The catalog knows dtypes and shapes only; its offsets are all 0.
     tensors = {
-        name: TensorView(entry.dtype, entry.shape, (Extent(entry.file, entry.start, entry.end),))
+        name: TensorView(
+            entry.dtype,
+            entry.shape,
+            (Extent(entry.file, entry.start, entry.start + num_bytes(entry.dtype, entry.shape)),),
+        )
         for name, entry in ordered
     }
     biases: set[str] = set()
