@@ -160,11 +160,17 @@ class _ShardWriter:
             return
         self.num_files += 1
         file = f"{self.stem}-{self.num_files:05d}.safetensors"
-        save_file(self.pending, self.folder / file, metadata={"format": "pt"})
-        os.chmod(self.folder / file, 0o666 & ~_umask())
-        sync_path(self.folder / file)
+        write_safetensors(self.folder / file, self.pending)
         self.index.update(dict.fromkeys(self.pending, file))
         self.pending = {}
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes host tensors and syncs; its mode follows the umask (safetensors leaves 0600)."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+    os.chmod(path, 0o666 & ~_umask())
+    sync_path(path)
 
 
 def _umask() -> int:

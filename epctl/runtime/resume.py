@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from epctl.config import RunConfig
-from epctl.errors import InputError
+from epctl.errors import ConfigError, InputError
 from epctl.runtime import deepspeed_seams as seams
-from epctl.runtime.checkpoint import save_model, sync_path
+from epctl.runtime.checkpoint import save_model, sync_path, write_safetensors
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.run_checkpoints import (
     STATE_FOLDER,
@@ -70,8 +69,8 @@ class Checkpointer:
     def _write_state(self, folder: Path, step: int) -> None:
         folder.mkdir(exist_ok=True)
         path = folder / state_file(self.mesh.rank)
-        save_file(self._tensors(), path)
-        sync_path(path)
+        on_host = {n: t.detach().to("cpu", copy=True) for n, t in self._tensors().items()}
+        write_safetensors(path, on_host)
         if self.mesh.rank == 0:
             topology = Topology(self.mesh.num_ranks, self.mesh.ep_size, self.config.parallel.zero)
             state = RunState(step, topology, self.engine.global_steps, self.engine.micro_steps)
@@ -79,7 +78,7 @@ class Checkpointer:
             sync_path(folder / STATE_NAME)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Returns this rank's masters, optimizer state and random state by name, on the host."""
+        """Returns this rank's live masters and optimizer state, and its random state, by name."""
         tensors = {"random.cpu": torch.get_rng_state()}
         if self.engine.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.engine.device)
@@ -90,7 +89,7 @@ class Checkpointer:
                 for key, value in self.optimizer.state[partition.flat].items()
                 if isinstance(value, Tensor)
             }
-        return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+        return tensors
 
     @torch.no_grad()
     def restore(self, folder: Path) -> int:
@@ -99,9 +98,15 @@ class Checkpointer:
         The model's weights must have been read from the same folder: low precision is then
         already the rounded master.
 
-        Raises InputError if the state does not fit this run.
+        Raises InputError if the state does not fit this run, ConfigError if the run is complete.
         """
         state = RunState.read(folder)
+        if state.step >= self.config.train.steps:
+            raise ConfigError(
+                f"`{folder}` stands at step {state.step} of {self.config.train.steps}: nothing is "
+                "left to train",
+                hint="give a longer one with `--steps`, `--tokens` or `--epochs`",
+            )
         path = folder / STATE_FOLDER / state_file(self.mesh.rank)
         try:
             with safe_open(path, framework="pt") as file:
