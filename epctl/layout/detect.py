@@ -23,7 +23,7 @@ from epctl.layout.experts import (
     keep_first_width,
     read_shapes,
 )
-from epctl.layout.facts import ConfigFacts, model_types, moe_layers_by_config
+from epctl.layout.facts import ConfigFacts, finite, model_types, moe_layers_by_config
 from epctl.layout.families import Family, families_by_model_type, load_families
 from epctl.layout.generic import generic_names
 from epctl.layout.model import (
@@ -37,6 +37,7 @@ from epctl.layout.names import HOLE, group_names
 from epctl.layout.parallel import ep_sizes, sequence_sizes
 from epctl.layout.parameters import build_partition, count_parameters, is_stale
 from epctl.layout.router import Reasons, build_router, namings, present_name
+from epctl.layout.safetensors import short_text
 from epctl.layout.source import ModelSource
 from epctl.layout.vision import build_vision
 
@@ -71,7 +72,7 @@ class _Detector:
             self.family.defaults if self.family else None,
             self.family.name if self.family else None,
         )
-        self.num_layers = self.facts.get_int("num_layers")
+        self.num_layers = self.facts.get_num_layers()
 
     def _match_family(self) -> Family | None:
         by_type = families_by_model_type()
@@ -219,8 +220,7 @@ class _Detector:
         )
 
     def _activation_limit(self) -> float | None:
-        limit = self.facts.get("activation_limit")
-        return float(limit) if isinstance(limit, int | float) else None
+        return finite(self.facts.get("activation_limit"))
 
     def _untrainable(self, expert_hidden_size: int) -> str | None:
         if self.family and self.family.untrainable:
@@ -342,7 +342,11 @@ class _Detector:
             ]
         )
         return count_parameters(
-            self.groups, self.tensors, partition, moe, bits if type(bits) is int else None
+            self.groups,
+            self.tensors,
+            partition,
+            moe,
+            bits if type(bits) is int and bits > 0 else None,
         )
 
     def _mtp_prefixes(self, stacks: Sequence[ExpertStack]) -> list[str]:
@@ -400,4 +404,4 @@ class _Detector:
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
     listed = config.get("architectures")
-    return str(listed[0]) if isinstance(listed, list) and listed else None
+    return short_text(str(listed[0])) if isinstance(listed, list) and listed else None

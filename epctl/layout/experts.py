@@ -10,18 +10,21 @@ LayoutError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from epctl.errors import LayoutError
 from epctl.layout.families import FamilyNames
 from epctl.layout.model import ExpertStorage
-from epctl.layout.names import HOLE, NameGroup, fill_pattern, format_ranges
+from epctl.layout.names import HOLE, NameGroup, fill_pattern, format_gaps, format_ranges
 from epctl.layout.safetensors import TensorEntry
 
 Tensors = Mapping[str, TensorEntry]
 Groups = Mapping[str, NameGroup]
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+# Far above any model; a tensor without bytes may claim any number of experts.
+MAX_EXPERTS = 100_000
 SCALE_SUFFIXES = ("_scale_inv", ".scale", "_scale", ".qscale_weight")
 
 
@@ -185,13 +188,14 @@ def _check_experts(
     everyone = set().union(*sets.values())
     expected = max(everyone) + 1 if num_experts is None else num_experts
     for key, name in stack.names.experts.items():
-        missing = set(range(max(expected, max(everyone) + 1))) - sets.get(key, set())
+        present = sets.get(key, set())
+        missing = format_gaps(present, max(expected, max(everyone) + 1))
         if missing:
-            expert = min(missing)
+            expert = int(re.split("[-,]", missing)[0])
             example = f"{stack.layer_prefixes[layer]}.{name.replace('{expert}', str(expert))}"
             raise ExpertGapError(
-                f"layer {layer} has {len(sets.get(key, ()))} of {expected} experts: "
-                f"{format_ranges(missing)} missing, first `{example}`",
+                f"layer {layer} has {len(present)} of {expected} experts: "
+                f"{missing} missing, first `{example}`",
                 hint="a shard is missing or was cut; download the checkpoint again",
             )
     if len(everyone) > expected:
@@ -223,7 +227,7 @@ def _count_fused(stack: ExpertStack, tensors: Tensors, num_experts: int | None) 
         shapes = _layer_shapes(stack, tensors, prefix)
         if stack.names.flat_rows:
             rows = shapes["down"][0]
-            if not num_experts or rows % num_experts:
+            if not num_experts or num_experts < 1 or rows % num_experts:
                 raise ExpertShapeError(
                     f"`{prefix}.{stack.names.experts['down']}` has {rows} rows, which "
                     f"num_experts = {num_experts} does not divide"
@@ -231,6 +235,11 @@ def _count_fused(stack: ExpertStack, tensors: Tensors, num_experts: int | None) 
             counts[layer] = num_experts
             continue
         counts[layer] = shapes["down"][0]
+        if not 1 <= counts[layer] <= MAX_EXPERTS:
+            raise ExpertShapeError(
+                f"`{prefix}.{stack.names.experts['down']}` {list(shapes['down'])} would hold "
+                f"{counts[layer]} experts; 1 to {MAX_EXPERTS} are read"
+            )
         if num_experts is not None and counts[layer] != num_experts:
             error = ExtraExpertError if counts[layer] > num_experts else ExpertGapError
             raise error(

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from epctl.errors import LayoutError
+from epctl.layout.safetensors import short_text
+
 # Where a decoder's keys may stand, most specific first.
 TEXT_SECTIONS = (
     "text_config",
@@ -49,6 +52,14 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+# Far above any model; a layer number is looked at one by one.
+MAX_LAYERS = 100_000
+
+
+class ConfigValueError(LayoutError):
+    """A value of config.json that cannot be what its key means."""
+
+
 class ConfigFacts:
     """Looks meanings up in a config and records why each value was taken."""
 
@@ -83,6 +94,13 @@ class ConfigFacts:
             value = value[0]
         return value if type(value) is int else None
 
+    def get_num_layers(self) -> int | None:
+        """Returns the number of decoder layers. Raises ConfigValueError for an impossible one."""
+        count = self.get_int("num_layers")
+        if count is not None and not 0 <= count <= MAX_LAYERS:
+            raise ConfigValueError(f"{self.reasons['num_layers']}: 0 to {MAX_LAYERS} can be read")
+        return count
+
     def look_up(self, keys: Iterable[str]) -> tuple[Any, str | None]:
         """Returns the first of `keys` that has a value, and the reason, or (None, None)."""
         for key in keys:
@@ -109,6 +127,13 @@ def _at(section: Any, path: str) -> Any:
     return section
 
 
+def finite(value: Any) -> float | None:
+    """Returns a number of the config as a float; None for other types, infinities and NaN."""
+    # Compared first: an integer of a thousand digits is no float.
+    known = type(value) in (int, float) and -1e30 < value < 1e30
+    return float(value) if known else None
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
@@ -120,7 +145,7 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
     for _, section in _text_sections(config):
         model_type = section.get("model_type")
         if isinstance(model_type, str) and model_type not in found:
-            found.append(model_type)
+            found.append(short_text(model_type))
     return found
 
 
@@ -144,7 +169,7 @@ def _from_types(value: Any, _: ConfigFacts, num_layers: int) -> set[int] | None:
     words = {"sparse", "moe", "hash_moe", "E"}
     if not set(map(str, value)) & (words | {"dense"}):
         return None  # a list of attention or recurrence kinds, silent about experts
-    return {layer for layer in range(num_layers) if value[layer] in words}
+    return {layer for layer in range(num_layers) if str(value[layer]) in words}
 
 
 def _from_list(value: Any, _: ConfigFacts, num_layers: int) -> set[int] | None:

@@ -69,6 +69,20 @@ def format_ranges(numbers: Iterable[int]) -> str:
     return ",".join(parts)
 
 
+def format_gaps(present: Iterable[int], size: int) -> str:
+    """Returns what is missing from 0 to `size` - 1 as ranges, `` for nothing.
+
+    The work grows with `present` alone, however large a size a file claims.
+    """
+    parts: list[str] = []
+    first = 0
+    for number in [*sorted(n for n in set(present) if n < size), size]:
+        if number > first:
+            parts.append(str(first) if number == first + 1 else f"{first}-{number - 1}")
+        first = number + 1
+    return ",".join(parts)
+
+
 def parse_ranges(text: str) -> list[int]:
     """Returns the numbers of `0-2,5`. Raises ValueError for anything else."""
     numbers: list[int] = []

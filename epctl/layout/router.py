@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from epctl.layout.experts import ExpertStack, Groups, Tensors
-from epctl.layout.facts import ConfigFacts
+from epctl.layout.facts import ConfigFacts, ConfigValueError, finite
 from epctl.layout.families import Family, FamilyNames
 from epctl.layout.model import RouterLayout
 
@@ -66,8 +66,8 @@ def build_router(
         correction_bias=correction,
         num_outputs=num_outputs,
         score_func=values.get("score_func"),
-        normalize=None if values.get("normalize") is None else bool(values["normalize"]),
-        scale=None if values.get("scale") is None else float(values["scale"]),
+        normalize=_flag(values.get("normalize"), reasons.get("moe.router.normalize")),
+        scale=_number(values.get("scale"), reasons.get("moe.router.scale")),
         num_groups=_count(values.get("num_groups")),
         top_groups=_count(values.get("top_groups")),
         group_score=values.get("group_score"),
@@ -92,6 +92,20 @@ def _groups_count(
     if not counts:
         reasons["moe.router.num_groups"] = f"{reason or 'no method stated'}: groups do not count"
     return counts
+
+
+def _flag(value: Any, reason: str | None) -> bool | None:
+    # A number too: DBRX gives the order of a norm, and no norm is null.
+    if value is None or isinstance(value, bool | int | float):
+        return None if value is None else bool(value)
+    raise ConfigValueError(f"{reason}: true or false is needed")
+
+
+def _number(value: Any, reason: str | None) -> float | None:
+    number = finite(value)
+    if value is None or number is not None:
+        return number
+    raise ConfigValueError(f"{reason}: a finite number is needed")
 
 
 def _count(value: Any) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from epctl.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
+# Published names stay under 150 characters; longer ones only serve to make readers slow.
+MAX_NAME_CHARACTERS = 1024
 DTYPE_BITS: Mapping[str, int] = {
     "F4": 4,
     "F6_E2M3": 6,
@@ -42,6 +45,8 @@ DTYPE_BITS: Mapping[str, int] = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+# C0 and C1 controls, and surrogates without their other half.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _REDOWNLOAD = "download the file again; `hf cache verify` finds damaged copies"
 
 
@@ -189,16 +194,19 @@ def parse_header(data: bytes, *, file: str, file_size: int) -> ShardHeader:
     return ShardHeader(file, file_size, len(data), tensors, metadata)
 
 
-def parse_json_object(data: bytes, *, file: str, what: str) -> dict[str, Any]:
+def parse_json_object(
+    data: bytes, *, file: str, what: str, constants: bool = False
+) -> dict[str, Any]:
     """Returns a JSON object; duplicate keys, other JSON values and bad UTF-8 are refused.
 
-    Raises DuplicateTensorError or HeaderSyntaxError, naming `file`.
+    `constants` lets `Infinity` and `NaN` pass, which Python writes into configs. Raises
+    DuplicateTensorError or HeaderSyntaxError, naming `file`.
     """
     try:
         document = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=lambda pairs: _unique(pairs, file),
-            parse_constant=_refuse_constant,
+            parse_constant=float if constants else _refuse_constant,
         )
     except UnicodeDecodeError as error:
         raise HeaderSyntaxError(
@@ -234,7 +242,7 @@ def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
         for key, _ in pairs:
             if key in seen:
                 raise DuplicateTensorError(
-                    f"`{file}` has the key `{_short(key)}` twice; "
+                    f"`{file}` has the key `{short_text(key)}` twice; "
                     "readers disagree on which one counts"
                 )
             seen.add(key)
@@ -253,6 +261,7 @@ def _is_size(value: Any) -> bool:
 
 def _checked_entry(name: str, entry: Any, file: str, first: int) -> TensorEntry:
     """Returns the entry with absolute offsets; raises what is wrong with it."""
+    check_name(name, file)
     if not isinstance(entry, dict):
         kind = type(entry).__name__
         raise TensorEntryError(f"{_where(name, file)} is described by {kind}, not an object")
@@ -260,29 +269,43 @@ def _checked_entry(name: str, entry: Any, file: str, first: int) -> TensorEntry:
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None or not isinstance(dtype, str):
         raise TensorEntryError(
-            f"{_where(name, file)} has dtype {_short(repr(dtype))}, which safetensors lacks"
+            f"{_where(name, file)} has dtype {short_text(repr(dtype))}, which safetensors lacks"
         )
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise TensorEntryError(
-            f"{_where(name, file)} has shape {_short(repr(shape))}, not a list of sizes"
+            f"{_where(name, file)} has shape {short_text(repr(shape))}, not a list of sizes"
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise TensorEntryError(
-            f"{_where(name, file)} has data_offsets {_short(repr(offsets))}, "
+            f"{_where(name, file)} has data_offsets {short_text(repr(offsets))}, "
             "not two non-negative integers"
         )
     start, end = offsets
     num_bits = _num_bits(shape, bits)
     if end < start or num_bits != (end - start) * 8:
         raise TensorSizeError(
-            f"{_where(name, file)}: shape {_short(str(shape))} of {dtype} needs "
+            f"{_where(name, file)}: shape {short_text(str(shape))} of {dtype} needs "
             f"{num_bits // 8} bytes, data_offsets {start} to {end} span {end - start}"
         )
     return TensorEntry(dtype, tuple(shape), file, first + start, first + end)
 
 
+def check_name(name: str, file: str) -> None:
+    """Raises TensorEntryError for a tensor name no reader should repeat: endless, or unprintable.
+
+    Control characters would reach the terminal, lone surrogates can be written to no file.
+    """
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise TensorEntryError(
+            f"{_where(name, file)} has a name of {len(name)} characters; "
+            f"at most {MAX_NAME_CHARACTERS} are read"
+        )
+    if not name.isprintable() and _UNPRINTABLE.search(name):
+        raise TensorEntryError(f"{_where(name, file)} has control characters in its name")
+
+
 def _where(name: str, file: str) -> str:
-    return f"tensor `{_short(name)}` of `{file}`"
+    return f"tensor `{short_text(name)}` of `{file}`"
 
 
 def _num_bits(shape: list[int], bits: int) -> int:
@@ -305,30 +328,30 @@ def _check_coverage(
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start < position:
             raise TensorOverlapError(
-                f"tensors `{_short(name)}` and `{_short(previous)}` of `{file}` share "
+                f"tensors `{short_text(name)}` and `{short_text(previous)}` of `{file}` share "
                 f"{min(position, entry.end) - entry.start} bytes from offset {entry.start - first}"
             )
         if entry.start > position:
             raise TensorHoleError(
                 f"`{file}` has {entry.start - position} bytes that belong to no tensor "
-                f"before `{_short(name)}` (offset {position - first})"
+                f"before `{short_text(name)}` (offset {position - first})"
             )
         position, previous = entry.end, name
     if position > file_size:
         raise TruncatedFileError(
             f"`{file}` has {file_size} bytes but its tensors end at byte {position} "
-            f"(`{_short(previous)}`): {position - file_size} bytes are missing",
+            f"(`{short_text(previous)}`): {position - file_size} bytes are missing",
             hint=_REDOWNLOAD,
         )
     if position < file_size:
         raise TrailingBytesError(
             f"`{file}` has {file_size - position} bytes after its last tensor "
-            f"(`{_short(previous)}` ends at byte {position})",
+            f"(`{short_text(previous)}` ends at byte {position})",
             hint="a safetensors file ends with its last tensor; download the file again",
         )
 
 
-def _short(text: str) -> str:
-    # Names come from the file: no control characters into a terminal, no screenful in a message.
+def short_text(text: str) -> str:
+    """Returns text of a file for a message: no control characters, no screenful."""
     clean = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
     return clean if len(clean) <= 120 else clean[:117] + "..."

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from epctl.errors import InputError
-from epctl.layout.safetensors import ShardHeader, TensorEntry, parse_json_object
+from epctl.layout.safetensors import ShardHeader, TensorEntry, check_name, parse_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -83,6 +83,8 @@ def parse_index(data: bytes, *, file: str = INDEX_NAME) -> CheckpointIndex:
         raise CheckpointIndexError(f"`{file}` has no `weight_map` object that names shards")
     for name in dict.fromkeys(map(_hashable, weight_map.values())):
         safe_shard_name(name, index=file)
+    for name in weight_map:
+        check_name(name, file)
     metadata = document.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     size = int(total) if isinstance(total, int | float) and 0 <= total < 2**63 else None

@@ -100,7 +100,7 @@ def choose_weights(files: list[str], where: str) -> str | list[str]:
 
 def parse_config(data: bytes, *, file: str = CONFIG_NAME) -> dict[str, Any]:
     """Returns config.json as a plain dict; nothing it names is imported or run."""
-    return parse_json_object(data, file=file, what="config")
+    return parse_json_object(data, file=file, what="config", constants=True)
 
 
 def read_folder(

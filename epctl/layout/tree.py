@@ -9,13 +9,15 @@ from epctl.layout.names import format_ranges
 from epctl.layout.safetensors import TensorEntry
 
 Node = dict[str, Any]
+# Components of a name that become levels; models have some ten, and every level is a recursion.
+MAX_LEVELS = 64
 
 
 def build_tree(tensors: Mapping[str, TensorEntry]) -> Node:
     """Returns nested dicts by name component; leaves are `BF16 [1408, 2048]` texts."""
     root: Node = {}
     for name, entry in tensors.items():
-        *parents, leaf = name.split(".")
+        *parents, leaf = name.split(".", MAX_LEVELS)
         node = root
         for parent in parents:
             child = node.setdefault(parent, {})

@@ -43,6 +43,8 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
 # Keys outside the vision section: patches a side that become one token, in different words.
 _TOP_MERGE = ("spatial_merge_size", "scale_factor")
 _SHRINK = ("downsample_ratio", "vision_config.pixel_shuffle_ratio", "pixel_shuffle_ratio")
+_SMALLEST_SHRINK = 1 / 64
+_LARGEST_SIZE = 2**31
 IMAGE_TOKENS = (
     "image_token_id", "image_token_index", "media_placeholder_token_id", "img_context_token_id",
     "thinker_config.image_token_id",
@@ -132,7 +134,7 @@ class _Values:
         value = self.get(meaning)
         if isinstance(value, list) and value:  # [height, width] or [2, 2]
             value = value[0]
-        return int(value) if type(value) is int else None
+        return value if type(value) is int and 0 < value < _LARGEST_SIZE else None
 
 
 def _merge_size(value: _Values, facts: ConfigFacts, reasons: Reasons) -> int | None:
@@ -144,7 +146,7 @@ def _merge_size(value: _Values, facts: ConfigFacts, reasons: Reasons) -> int | N
         reasons["vision.merge_size"] = str(reason)
         return top
     shrink, reason = facts.look_up(_SHRINK)
-    if isinstance(shrink, float) and 0 < shrink <= 1:
+    if isinstance(shrink, float) and _SMALLEST_SHRINK <= shrink <= 1:
         reasons["vision.merge_size"] = str(reason)
         return round(1 / shrink)
     return _merge_by_tokens(value, facts, reasons)
@@ -153,7 +155,7 @@ def _merge_size(value: _Values, facts: ConfigFacts, reasons: Reasons) -> int | N
 def _merge_by_tokens(value: _Values, facts: ConfigFacts, reasons: Reasons) -> int | None:
     tokens, reason = facts.look_up(("mm_tokens_per_image",))
     image, patch = value.whole("image_size"), value.whole("patch_size")
-    if type(tokens) is not int or not image or not patch or tokens < 1:
+    if type(tokens) is not int or not image or not patch or not 0 < tokens < _LARGEST_SIZE:
         return None
     reasons["vision.merge_size"] = f"{reason}, image_size {image}, patch_size {patch}"
     return round(image / patch / math.sqrt(tokens))

@@ -163,6 +163,22 @@ def test_control_characters_of_a_name_stay_out_of_messages(tmp_path):
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "\x9b31m", "a\ud800b", "a." * 600])
+def test_names_that_no_reader_should_repeat_are_refused(name, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(tensor_shard({name: ("F32", (1,))}))
+    with pytest.raises(TensorEntryError) as caught:
+        read_shard_header(path)
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 300
+
+
+def test_names_in_any_script_are_sound(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(tensor_shard({"模型.вес.\u00a0é": ("F32", (1,))}))
+    assert len(read_shard_header(path).tensors) == 1
+
+
 def many_entries(count):
     rows = (
         b'"t%d":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}' % (n, n, n + 1)

@@ -9,7 +9,12 @@ from checkpoints import CONFIG, shard, tensor_shard, write_model
 
 from epctl.errors import ExitCode, InputError
 from epctl.hub import resolve
-from epctl.layout.safetensors import DuplicateTensorError, HeaderSyntaxError, TruncatedFileError
+from epctl.layout.safetensors import (
+    DuplicateTensorError,
+    HeaderSyntaxError,
+    TensorEntryError,
+    TruncatedFileError,
+)
 from epctl.layout.shards import (
     CheckpointIndexError,
     MissingShardError,
@@ -150,6 +155,21 @@ def test_broken_config_is_refused(config, tmp_path):
     write_model(tmp_path, {"model.safetensors": tensor_shard({"a": F4})}, config=config)
     with pytest.raises(InputError, match=r"config\.json"):
         resolve(str(tmp_path))
+
+
+def test_constants_that_python_writes_into_configs_are_read(tmp_path):
+    # The default time_step_limit of Mamba hybrids; transformers 4 wrote it as Infinity.
+    config = '{"model_type": "llama", "time_step_limit": [0.0, Infinity], "x": NaN}'
+    write_model(tmp_path, {"model.safetensors": tensor_shard({"a": F4})}, config=config)
+    assert resolve(str(tmp_path)).config["time_step_limit"] == [0.0, float("inf")]
+
+
+def test_control_characters_of_an_index_stay_out_of_messages(tmp_path):
+    index = {"weight_map": {"\x1b]0;owned\x07": ONE}}
+    write_model(tmp_path, {ONE: tensor_shard({"a": F4})}, index=index)
+    with pytest.raises(TensorEntryError) as caught:
+        resolve(str(tmp_path))
+    assert caught.value.message.isprintable()
 
 
 class Canary:

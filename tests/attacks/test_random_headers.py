@@ -15,7 +15,7 @@ from epctl.layout.safetensors import DTYPE_BITS, LENGTH_BYTES, header_size, pars
 QUICK = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20).filter(
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20).filter(
     lambda name: name != "__metadata__"
 )
 WHOLE = [dtype for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0]
