@@ -165,6 +165,7 @@ def resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     half = config.train.steps // 2
     unbroken = _Run(case, config, folder / "unbroken")
     unbroken.loop.run()
+    random_state = _random_state()
     first = _Run(case, config, folder / "broken")
     first.loop.config = _with_steps(config, half)
     first.loop.run()
@@ -177,7 +178,7 @@ def resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     result = {
         "weights": [digest_of(r.engine.module) for r in (unbroken, second)],
         "state": [state_digest(r.engine, r.optimizer) for r in (unbroken, second)],
-        "random": [unbroken.random_state, torch.get_rng_state().sum().item()],
+        "random": [random_state, _random_state()],
         "rows": [unbroken.data.drawn, first.data.drawn + second.data.drawn],
         "metrics": [_losses(folder / name) for name in ("unbroken", "broken")],
     }
@@ -222,9 +223,9 @@ class _Run:
             self.engine, scheduler, config, mesh, self.data, events, model.tokenizer
         )
 
-    @property
-    def random_state(self) -> float:
-        return torch.get_rng_state().sum().item()
+
+def _random_state() -> str:
+    return hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
 
 
 def _with_steps(config: RunConfig, steps: int) -> RunConfig:
