@@ -27,6 +27,8 @@ from epctl.runtime.names import HubTensor, hub_tensors
 
 SHARD_BYTES = 4 * 2**30
 INDEX_NAME = "model.safetensors.index.json"
+# safetensors wraps a full disk in its own exception.
+DISK_ERRORS = (OSError, SafetensorError)
 
 
 def save_model(
@@ -40,87 +42,124 @@ def save_model(
 
     Args:
         write_extras: called on rank 0 with the staging folder, for config and tokenizer.
-        write_state: called on every rank with the staging folder, for what a resume needs.
+        write_state: called on every rank with the staging folder, for what a resume needs;
+            holds no collective, since it is left out where writing failed before.
 
     Raises:
         ResourceError: the disk cannot hold it, or filled up; the staging folder is removed.
+        Exception: whatever else a rank met; RuntimeError on the others, so that none waits.
     """
     staging = folder.with_name(folder.name + ".tmp")
+    _agree(mesh, staging, _attempt(_make_staging, staging) if mesh.rank == 0 else None)
+    index, num_bytes, failure = _write_shards(model, mesh, staging)
+    if mesh.rank == 0:
+        failure = failure or _attempt(write_extras, staging)
+    if write_state is not None:
+        failure = failure or _attempt(write_state, staging)
+    parts = _agree(mesh, staging, failure, (index, num_bytes))
+    total = sum(part_bytes for _, part_bytes in parts)
+    indexes = [part for part, _ in parts]
+    published = _attempt(_publish, folder, staging, indexes, total) if mesh.rank == 0 else None
+    _agree(mesh, staging, published)
+    return total
+
+
+def _attempt(action: Callable[..., object], *arguments: object) -> Exception | None:
+    """Returns what went wrong, so that the caller still enters the collectives that follow."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def _make_staging(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+
+
+def _agree(
+    mesh: Mesh, staging: Path, failure: Exception | None, part: tuple[dict[str, str], int] = ({}, 0)
+) -> list[tuple[dict[str, str], int]]:
+    """Returns every rank's part, or raises on every rank if one of them failed. A collective."""
+    reports: list[Any] = [None] * mesh.num_ranks
+    dist.all_gather_object(reports, (part, _reason(failure, mesh.rank)))
+    reasons = [reason for _, reason in reports if reason is not None]
+    if not reasons:
+        return [part for part, _ in reports]
     if mesh.rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
-    failure: str | None = None
-    index: dict[str, str] = {}
-    try:
-        index = _write_shards(model, mesh, staging)
-        if mesh.rank == 0:
-            write_extras(staging)
-        if write_state is not None:
-            write_state(staging)
-    except (OSError, SafetensorError) as error:  # safetensors wraps ENOSPC in its own exception
-        failure = f"cannot write `{staging}`: {getattr(error, 'strerror', None) or error}"
-    return _commit(folder, staging, mesh, index, failure)
+    if failure is not None and not isinstance(failure, DISK_ERRORS):
+        raise failure
+    is_disk, text = reasons[0]
+    if not is_disk:
+        raise RuntimeError(f"checkpoint not written: {text}")
+    raise ResourceError(
+        f"checkpoint not written: cannot write `{staging}`: {text}",
+        hint="free disk space or choose another folder with `--output`",
+    )
 
 
-def _commit(
-    folder: Path, staging: Path, mesh: Mesh, index: dict[str, str], failure: str | None
-) -> int:
-    """All ranks agree, then rank 0 writes the index and renames; a failure removes the staging."""
-    reports: list[Any] = [None] * mesh.num_ranks
-    dist.all_gather_object(reports, (index, failure))
-    failures = [text for _, text in reports if text is not None]
-    num_bytes = [0]
-    if mesh.rank == 0 and not failures:
-        try:
-            num_bytes[0] = _publish(folder, staging, [part for part, _ in reports])
-        except OSError as error:
-            failures.append(f"cannot publish `{folder}`: {error.strerror or error}")
-    outcome: list[Any] = [failures, num_bytes[0]]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        if mesh.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise ResourceError(
-            f"checkpoint not written: {outcome[0][0]}",
-            hint="free disk space or choose another folder with `--output`",
-        )
-    return int(outcome[1])
+def _reason(failure: Exception | None, rank: int) -> tuple[bool, str] | None:
+    """Returns (a fault of the disk, its text), None without a failure."""
+    if failure is None:
+        return None
+    text = getattr(failure, "strerror", None) or str(failure)
+    is_disk = isinstance(failure, DISK_ERRORS)
+    return is_disk, text if is_disk else f"rank {rank}: {type(failure).__name__}: {text}"
 
 
-def _publish(folder: Path, staging: Path, indexes: list[dict[str, str]]) -> int:
+def _publish(folder: Path, staging: Path, indexes: list[dict[str, str]], total: int) -> None:
+    """Writes the index, syncs everything and gives the folder its final name."""
     weight_map = {name: file for index in indexes for name, file in index.items()}
-    files = sorted(set(weight_map.values()))
-    headers = [read_shard_header(staging / file) for file in files]
-    total = sum(entry.num_bytes for header in headers for entry in header.tensors.values())
+    for file in sorted(set(weight_map.values())):
+        read_shard_header(staging / file)  # what was written reads back
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (staging / INDEX_NAME).write_text(json.dumps(document, indent=1), encoding="utf-8")
     for path in staging.iterdir():
         sync_path(path)
     sync_path(staging)
+    replace_folder(staging, folder)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`; what stood there goes only when the new one has its place.
+
+    A kill in between leaves the earlier folder as `<name>.old`.
+    """
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        shutil.rmtree(folder)
-    staging.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     sync_path(folder.parent)
-    return total
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_shards(model: nn.Module, mesh: Mesh, staging: Path) -> dict[str, str]:
-    """Writes this rank's share and returns tensor name -> file.
+def _write_shards(
+    model: nn.Module, mesh: Mesh, staging: Path
+) -> tuple[dict[str, str], int, Exception | None]:
+    """Writes this rank's share; returns tensor name -> file, bytes, and what stopped the writing.
 
     Rank 0 writes the dense part, and of each ep group's copies the first edp rank its experts;
-    the others take part in gathering only.
+    the others take part in gathering only. So does a rank that cannot write any more: the others
+    would wait for it.
     """
     index: dict[str, str] = {}
     writer = _ShardWriter(staging, f"model-rank{mesh.rank:05d}", index)
+    failure: Exception | None = None
     for unit in _units(model):
+        writes = mesh.edp_rank == 0 if unit[0].is_expert else mesh.rank == 0
         with seams.full_parameters(list(_parameters(unit))):
-            for tensor in unit:
-                writes = mesh.edp_rank == 0 if tensor.is_expert else mesh.rank == 0
-                if writes:
-                    writer.add(tensor.name, tensor.local())
-    writer.flush()
-    return index
+            if writes and failure is None:
+                failure = _attempt(writer.add_all, unit)
+    failure = failure or _attempt(writer.flush)
+    return index, writer.num_bytes, failure
 
 
 def _units(model: nn.Module) -> Iterator[list[HubTensor]]:
@@ -148,11 +187,18 @@ class _ShardWriter:
         self.stem = stem
         self.index = index
         self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = self.num_bytes = 0
         self.num_files = 0
+
+    def add_all(self, unit: list[HubTensor]) -> None:
+        for tensor in unit:
+            self.add(tensor.name, tensor.local())
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        if sum(t.nbytes for t in self.pending.values()) >= SHARD_BYTES:
+        self.pending_bytes += tensor.nbytes
+        self.num_bytes += tensor.nbytes
+        if self.pending_bytes >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -162,7 +208,7 @@ class _ShardWriter:
         file = f"{self.stem}-{self.num_files:05d}.safetensors"
         write_safetensors(self.folder / file, self.pending)
         self.index.update(dict.fromkeys(self.pending, file))
-        self.pending = {}
+        self.pending, self.pending_bytes = {}, 0
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
