@@ -187,7 +187,8 @@ def moe_mlp(
             x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, recompute=recompute
         )
     fallback = grouped_mm if choice.implementation == "grouped_mm" else reference
-    return fallback.moe_mlp(x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI)
+    y_TD: Tensor = fallback.moe_mlp(x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI)
+    return y_TD
 
 
 def _check_shapes(

@@ -173,7 +173,7 @@ def moe_mlp(
         raise ValueError(f"x_TD is {x_TD.dtype}, but expert weights are {differing.pop()}")
     inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return _moe_forward(
+    y_TD: Tensor = _moe_forward(
         x_TD.contiguous(),
         experts_TK.contiguous(),
         weights_TK.contiguous().float(),
@@ -182,3 +182,4 @@ def moe_mlp(
         w2_EDI.contiguous(),
         trains and not recompute,
     )[0]
+    return y_TD

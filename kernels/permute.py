@@ -6,9 +6,12 @@ much of them is used. Three launches: count each chunk of pairs, turn counts int
 Shape suffixes: see reference.py; M is the number of tiles that could be needed.
 """
 
+# Triton gives its kernels no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -160,7 +163,7 @@ def routing_tables(experts_TK: Tensor, num_experts: int, block_rows: int) -> Rou
     num_chunks = triton.cdiv(num_pairs, CHUNK)
     num_tiles = max_tiles(num_pairs, num_experts, block_rows)
     expert_block = triton.next_power_of_2(num_experts)
-    integers = {"dtype": torch.int32, "device": pairs.device}
+    integers: dict[str, Any] = {"dtype": torch.int32, "device": pairs.device}
     tables = RoutingTables(
         row_of_pair_N=torch.empty(num_pairs, **integers),
         padded_row_of_pair_N=torch.empty(num_pairs, **integers),

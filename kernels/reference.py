@@ -153,7 +153,9 @@ def _expert_outputs(
     # `unbind` rather than indexing: its backward writes each weight gradient once, where every
     # `w[e]` would add a zero-filled copy of all experts.
     weights = zip(w1_EID.unbind(0), w3_EID.unbind(0), w2_EDI.unbind(0), strict=True)
-    for expert, (rows, (w1, w3, w2)) in enumerate(zip(rows_ND.split(counts), weights, strict=True)):
+    for expert, (rows, (w1, w3, w2)) in enumerate(
+        zip(torch.split(rows_ND, counts), weights, strict=True)
+    ):
         # Expert 0 runs even on no rows, so that gradients are zeros and never missing.
         if len(rows) == 0 and expert > 0:
             continue

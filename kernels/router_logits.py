@@ -23,7 +23,7 @@ class _RouterLogits(torch.autograd.Function):
         return x_TD.float() @ weight_ED.float().T
 
     @staticmethod
-    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
         if x_TD.is_cuda and x_TD.dtype == weight_ED.dtype and x_TD.dtype.itemsize == 2:
             rounded_TE = dlogits_TE.to(x_TD.dtype)
@@ -38,4 +38,4 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     In bf16 and fp16 on a GPU the sums are float32 and the operands stay as they are, so what is
     kept for the backward is `x_TD` itself; elsewhere both are widened.
     """
-    return cast(Tensor, _RouterLogits.apply(x_TD, weight_ED))
+    return cast(Tensor, _RouterLogits.apply(x_TD, weight_ED))  # type: ignore[no-untyped-call]

@@ -5,6 +5,9 @@ a whole block (`permute.spread`), so both come by TMA and neither needs a mask.
 Shape suffixes: see reference.py.
 """
 
+# Triton gives its kernels no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 import torch

@@ -165,7 +165,7 @@ def reference_results(problem: Problem) -> dict[str, Tensor]:
         x_TD @ router_ED.T, problem.bias_E, top_k=problem.top_k, normalize=True, scale=SCALE
     )
     y_TD = reference.moe_mlp(x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI)
-    y_TD.backward(problem.dy_TD.float())
+    torch.autograd.backward(y_TD, problem.dy_TD.float())
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {"y": y_TD.detach(), **gradients}
 
@@ -176,7 +176,7 @@ def gate_errors(
     """Returns the norm-wise relative error of the result and of every gradient."""
     implementation.reset()
     y_TD = implementation.forward()
-    y_TD.backward(problem.dy_TD)
+    torch.autograd.backward(y_TD, problem.dy_TD)
     got = {"y": y_TD.detach(), **implementation.gradients()}
     implementation.reset()
     return {
@@ -194,7 +194,7 @@ def measure(
     def both(implementation: Implementation) -> Callable[[], object]:
         def run() -> None:
             implementation.reset()
-            implementation.forward().backward(problem.dy_TD)
+            torch.autograd.backward(implementation.forward(), problem.dy_TD)
 
         return run
 
@@ -217,7 +217,9 @@ def measure(
         for item in implementations:
             for other in implementations:
                 other.reset()
-            saved, peak = peak_memory(item.forward, lambda y: y.backward(problem.dy_TD))
+            saved, peak = peak_memory(
+                item.forward, lambda y: torch.autograd.backward(y, problem.dy_TD)
+            )
             item.reset()
             rows[item.name] |= {"saved_mib": saved, "peak_mib": peak}
     return rows

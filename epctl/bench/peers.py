@@ -6,6 +6,7 @@ is left out with its reason.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +145,7 @@ def _transformers(problem: Problem) -> Implementation:
 def _liger(problem: Problem) -> Implementation:
     # Its autotuner takes minutes on a first call; this pins what it calls its default tiles.
     os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
-    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+    fused: Any = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
 
     router = _transformers_router(problem)
     experts = _FusedExperts(problem)
@@ -152,7 +153,7 @@ def _liger(problem: Problem) -> Implementation:
 
     def forward() -> Tensor:
         _, weights_TK, experts_TK = router(problem.x_TD)
-        y_TD: Tensor = LigerFusedMoEFunction.apply(
+        y_TD: Tensor = fused.apply(
             problem.x_TD,
             experts.gate_up_proj,
             experts.down_proj,

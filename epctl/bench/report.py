@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def moe_table(result: dict[str, Any]) -> Table:
-    """Returns the rows of `result` for a terminal; times are medians, with half the 10 % to 90 % range."""
+    """Returns the rows for a terminal; times are medians ± half of the 10 % to 90 % range."""
     from rich.table import Table
 
     shape = ", ".join(f"{key} {value}" for key, value in result["shape"].items())

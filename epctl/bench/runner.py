@@ -41,7 +41,10 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     begin.record()
     run()
     end.record()
