@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epctl.config import ResolvedConfig
-from epctl.errors import GateError
+from epctl.errors import ConfigError, GateError
 from epctl.output import Output
 
 if TYPE_CHECKING:
@@ -27,7 +27,16 @@ CHECK_SETTINGS: dict[str, Any] = {
 
 
 def check_settings(resolved: ResolvedConfig, output: Output) -> ResolvedConfig:
-    """Returns the config of a check: the asked-for layout, float32, full steps."""
+    """Returns the config of a check: the asked-for layout, float32, full steps.
+
+    Raises ConfigError for an optimizer that has no unsharded form to compare with.
+    """
+    if resolved.config.optim.name not in ("muon", "adamw"):
+        raise ConfigError(
+            f"`--check` compares muon and adamw; `{resolved.config.optim.name}` exists inside the "
+            "engine only",
+            hint="check the layout with `--optim muon`",
+        )
     for key, value in CHECK_SETTINGS.items():
         if resolved.is_given(key):
             output.warning(f"`{key}` is ignored: `--check` uses {value}")

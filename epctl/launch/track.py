@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 from epctl.config import RunConfig
 from epctl.errors import ConfigError
+from epctl.output import out
 
 Event = dict[str, Any]
 PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
@@ -59,13 +61,15 @@ class _Module:
 
     def __init__(self, name: str, run_folder: Path, config: RunConfig) -> None:
         self._module = importlib.import_module(name)
-        self._module.init(project="epctl", name=run_folder.name, config=config.model_dump())
+        with contextlib.redirect_stdout(out.stderr):  # trackio announces itself on stdout
+            self._module.init(project="epctl", name=run_folder.name, config=config.model_dump())
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._module.log(values, step=step)
 
     def close(self) -> None:
-        self._module.finish()
+        with contextlib.redirect_stdout(out.stderr):
+            self._module.finish()
 
 
 def tracked_values(event: Event) -> dict[str, float]:

@@ -105,11 +105,10 @@ def compare_asked(
     if reference is None:
         return {}
     tolerance = TOLERANCES[device.type]
-    rows = [
-        *step_rows(reference.steps, records, tolerance),
-        choice_row(reference.choices_LTK, choices_LTK, tolerance),
-        *weight_rows(squares, len(steps), tolerance),
-    ]
+    rows = step_rows(reference.steps, records, tolerance)
+    if choices_LTK is not None:
+        rows.append(choice_row(reference.choices_LTK, choices_LTK, tolerance))
+    rows += weight_rows(squares, len(steps), tolerance)
     result = report(rows, _facts(config, mesh, model))
     (folder / REPORT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result

@@ -46,9 +46,14 @@ class AskedRun:
         return records
 
     @torch.no_grad()
-    def choices(self, batches: list[Batch]) -> Tensor:
-        """Returns the experts of the global batch's tokens, in its order; a collective."""
+    def choices(self, batches: list[Batch]) -> Tensor | None:
+        """Returns the experts of the global batch's tokens, in its order; a collective.
+
+        None for DeepSpeed's own layer, whose router does not say.
+        """
         routers = [m for m in self.engine.module.modules() if isinstance(m, Router)]
+        if not routers:
+            return None
         found: list[list[Tensor]] = [[] for _ in routers]
         hooks = [
             router.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output[1]))
