@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from epctl.config import ResolvedConfig
 from epctl.output import Output
 
-MUON_ONLY = ("momentum", "nesterov", "update_scale", "newton_schulz_steps", "router")
+MUON_ONLY = (
+    "momentum",
+    "nesterov",
+    "update_scale",
+    "momentum_dtype",
+    "per_head",
+    "newton_schulz",
+    "coefficients",
+    "newton_schulz_steps",
+    "router",
+)
 
 
 def warn_of_ignored_settings(resolved: ResolvedConfig, output: Output) -> None:
@@ -15,6 +25,13 @@ def warn_of_ignored_settings(resolved: ResolvedConfig, output: Output) -> None:
     for key, reason in ignored_settings(resolved):
         if resolved.is_given(key):
             output.warning(f"`{key}` is ignored: {reason}")
+
+
+def warn_of_check_settings(resolved: ResolvedConfig, output: Output) -> None:
+    """Writes a warning for each `check` setting of a run that is no check."""
+    for key in ("check.num_layers", "check.steps"):
+        if resolved.is_given(key):
+            output.warning(f"`{key}` is ignored: this is a run, not a `--check`")
 
 
 def ignored_settings(resolved: ResolvedConfig) -> Iterator[tuple[str, str]]:

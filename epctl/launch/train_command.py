@@ -15,7 +15,7 @@ from epctl.launch.command import launch_command, rank_environment
 from epctl.launch.devices import Placement, count_gpus, place_ranks
 from epctl.launch.dry_run import count_state, show_dry_run
 from epctl.launch.ds_config import deepspeed_config
-from epctl.launch.ignored import warn_of_ignored_settings
+from epctl.launch.ignored import warn_of_check_settings, warn_of_ignored_settings
 from epctl.launch.model_reference import fetch, open_reference
 from epctl.launch.resume_run import checkpoint_to_resume, reopen_run_folder
 from epctl.launch.run_folder import choose_run_folder, create_run_folder
@@ -62,6 +62,8 @@ def run_train(
     """
     if check:
         resolved = check_settings(resolved, output)
+    else:
+        warn_of_check_settings(resolved, output)
     job = check_request(resolved, output)
     resume = job.config.run.resume
     folder = Path(resume) if resume is not None else choose_run_folder(job.config.run.output)

@@ -20,8 +20,8 @@ from epctl.output import Mode, Output
 from epctl.runtime.mesh import Mesh
 
 MASTER_BYTES = 4
-# Bytes of optimizer state an element: Muon's momentum, AdamW's two moments, both float32.
-STATE_BYTES = {"muon": 4, "adamw": 8}
+# Bytes of AdamW's two float32 moments an element; Muon's one has a dtype of its own.
+ADAMW_BYTES = 8
 
 
 def count_rank_bytes(
@@ -39,6 +39,7 @@ def count_rank_bytes(
     select_trainable(model, config.train.parameters, model_config.n_routed_experts)
     kinds = {id(found.parameter): found.kind for found in classify(model, config.optim)}
     stage = config.parallel.zero
+    momentum_bytes = getattr(torch, config.optim.momentum_dtype).itemsize
     result = {"parameters": 0, "masters": 0, "optimizer_state": 0}
     for parameter in model.parameters():
         share = _share(parameter, mesh)
@@ -48,7 +49,8 @@ def count_rank_bytes(
             stepped = share if stage > 0 else parameter.numel()
             has_master = stage > 0 or bfloat16
             result["masters"] += stepped * MASTER_BYTES * has_master
-            result["optimizer_state"] += stepped * STATE_BYTES[kinds[id(parameter)]]
+            on_muon = kinds[id(parameter)] == "muon"
+            result["optimizer_state"] += stepped * (momentum_bytes if on_muon else ADAMW_BYTES)
     return result | {"total": sum(result.values())}
 
 

@@ -39,6 +39,7 @@ def case_config(case: dict[str, Any]) -> RunConfig:
         "parallel.ep": case["ep"],
         "parallel.zero": case["zero"],
         "optim.name": case.get("optim", "muon"),
+        "optim.lr": 2e-3,
         "optim.warmup_steps": 1,
         "optim.gradient_clipping": 0.5,
         "train.steps": case.get("steps", 4),
