@@ -158,7 +158,11 @@ def _weave(reader: Reader, piece: Weave) -> NDArray[Any]:
     """Returns the two-dimensional array of a Weave, contiguous."""
     import numpy as np
 
-    arrays = [_matrix(reader, matrix, piece.dtype) for matrix in piece.matrices]
+    stored: dict[tuple[Extent, ...], NDArray[Any]] = {}
+    for matrix in piece.matrices:  # gate and up may be halves of one stored matrix
+        if matrix.extents not in stored:
+            stored[matrix.extents] = _stored(reader, matrix, piece.dtype)
+    arrays = [_projection(stored[matrix.extents], matrix) for matrix in piece.matrices]
     if len(arrays) == 1:
         woven = arrays[0]
     elif piece.interleaved:
@@ -168,19 +172,23 @@ def _weave(reader: Reader, piece: Weave) -> NDArray[Any]:
     return np.ascontiguousarray(woven.T if piece.transposed else woven)
 
 
-def _matrix(reader: Reader, matrix: Matrix, dtype: str) -> NDArray[Any]:
-    """Returns one projection, [out, in], in the raw bits of `dtype`."""
+def _stored(reader: Reader, matrix: Matrix, dtype: str) -> NDArray[Any]:
+    """Returns a matrix as it is stored, dequantised, in the raw bits of `dtype`."""
     import numpy as np
 
     math = arithmetic()
     if matrix.scale is not None:
-        values = _dequantized(reader, matrix, matrix.scale)
-    else:
-        raw = np.frombuffer(reader.read(matrix.extents), math.raw_dtype(matrix.dtype))
-        values = raw.reshape(matrix.shape)
-        if matrix.dtype != dtype:
-            values = math.cast_to_bfloat16(values, matrix.dtype)
-    values = _part(values, matrix)
+        return _dequantized(reader, matrix, matrix.scale)
+    raw = np.frombuffer(reader.read(matrix.extents), math.raw_dtype(matrix.dtype))
+    values: NDArray[Any] = raw.reshape(matrix.shape)
+    if matrix.dtype != dtype:
+        values = math.cast_to_bfloat16(values, matrix.dtype)
+    return values
+
+
+def _projection(stored: NDArray[Any], matrix: Matrix) -> NDArray[Any]:
+    """Returns one projection, [out, in]."""
+    values = _part(stored, matrix)
     return values.T if matrix.transposed else values
 
 

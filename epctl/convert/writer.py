@@ -32,8 +32,8 @@ from epctl.errors import InputError, ResourceError
 from epctl.output import format_bytes
 
 WRITEBACK_BYTES = 64 * 2**20
-# Two hash and copy on a small machine while a third waits for the disk.
-NUM_WORKERS = 3
+# More than cores: some hash and copy while others wait for the disk.
+NUM_WORKERS = 4
 
 Progress = Callable[[int], None]
 
@@ -121,6 +121,8 @@ class Writer:
                 self.advance(file.num_bytes)
             else:
                 todo.append(file)
+        # The largest first, so that none is left to be written alone at the end.
+        todo.sort(key=lambda file: -file.num_bytes)
         with Reader(self.view) as reader, ThreadPoolExecutor(NUM_WORKERS) as pool:
             futures = [pool.submit(self._write_file, reader, file) for file in todo]
             try:

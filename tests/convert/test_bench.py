@@ -1,0 +1,114 @@
+"""`epctl bench convert` and `compare`: gate, document, table, picture, litter."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from epctl.bench import compare, convert, host, synthetic
+from epctl.convert.open import open_checkpoint
+from epctl.errors import GateError, InputError, ResourceError
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    files = [folder / "out/result.json", folder / "out/result.png"]
+    process = subprocess.run(
+        [
+            sys.executable, "-m", "epctl", "bench", "convert", "--size-gb", "0.03", "--rounds", "2",
+            "--folder", str(folder), "--json-file", str(files[0]), "--png", str(files[1]), "--json",
+        ],
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return folder, files, json.loads(process.stdout)
+
+
+def test_the_document_has_rates_memory_and_machine(result):
+    folder, files, document = result
+    assert json.loads(files[0].read_text()) == document
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert [row["operation"] for row in document["rows"]] == ["copy", "shard", "merge", "reshard"]
+    for row in document["rows"]:
+        rate = row["gb_per_s"]
+        assert 0 < rate["low"] <= rate["median"] <= rate["high"]
+        assert row["peak_resident_mib"] * 2**20 < document["memory_bound_bytes"]
+    assert document["rows"][0]["of_copy"]["median"] == 1
+    assert document["machine"]["load_average"]
+    assert "dropped" in document["caches"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def test_two_results_are_compared_row_by_row(result, tmp_path):
+    _, files, document = result
+    for row in document["rows"]:
+        row["peak_resident_mib"] *= 2
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    process = subprocess.run(
+        [sys.executable, "-m", "epctl", "bench", "compare", str(files[0]),
+         str(tmp_path / "b.json"), "--json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    changes = json.loads(process.stdout)["changes"]
+    memory = [change for change in changes if change["metric"] == "peak_resident_mib"]
+    assert [change["ratio"] for change in memory] == [2, 2, 2, 2]
+    assert not any(change["within_spread"] for change in memory)
+    assert all(c["within_spread"] for c in changes if c["metric"] == "gb_per_s")
+
+
+def test_results_that_cannot_be_compared_are_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InputError, match="no benchmark's result"):
+        compare.read_result(tmp_path / "x.json")
+    one, other = {"benchmark": "a", "rows": []}, {"benchmark": "b", "rows": []}
+    with pytest.raises(InputError, match="different benchmarks"):
+        compare.compare_results(one, other)
+    with pytest.raises(InputError, match="no row in common"):
+        compare.compare_results(one, one)
+
+
+def test_another_machine_is_named():
+    one, other = {"machine": {"device": "A"}}, {"machine": {"device": "B"}}
+    assert compare.machine_differences(one, other) == ["other device: A and B"]
+
+
+def test_a_wrong_conversion_prints_no_number(tmp_path, monkeypatch, capsys):
+    def damaged(*arguments, **options):
+        manifest, seconds = write(*arguments, **options)
+        return manifest | {"digest": str(arguments[0])}, seconds
+
+    write = convert.write
+    monkeypatch.setattr(convert, "write", damaged)
+    with pytest.raises(GateError, match="digests of the whole disagree"):
+        convert.run_convert(size_gb=0.02, rounds=1, folder=tmp_path)
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_refused_first(tmp_path):
+    with pytest.raises(ResourceError, match="measuring a checkpoint of 1e"):
+        convert.run_convert(size_gb=1e6, folder=tmp_path)
+
+
+def test_the_synthetic_checkpoint_is_moonlights_layout(tmp_path):
+    shape = synthetic.shape_for(20_000_000)
+    written = synthetic.write_checkpoint(tmp_path / "m", shape)
+    view = open_checkpoint(str(tmp_path / "m"))
+    assert view.moe.num_experts == 64
+    assert view.warnings == ()
+    assert sum(tensor.num_bytes for tensor in view.tensors.values()) == written
+    assert synthetic.shape_for(8_000_000_000).num_layers == 7
+    assert synthetic.shape_for(8_000_000_000).expert_width == 1408
+
+
+def test_peak_memory_is_reset_between_measurements():
+    if not host.reset_peak_resident():
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    ballast = bytearray(64 * 2**20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    high = host.peak_resident_bytes()
+    del ballast
+    assert host.reset_peak_resident()
+    assert host.peak_resident_bytes() < high - 32 * 2**20
