@@ -6,7 +6,9 @@ whatever a rank did, and say which only in prose.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ def main(run_folder: Path, arguments: list[str]) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    end_with_parent(signal.SIGTERM)  # which torchrun passes on to the ranks
     try:
         run.main(arguments)
     except ChildFailedError as error:
@@ -25,6 +28,12 @@ def main(run_folder: Path, arguments: list[str]) -> int:
         (run_folder / "logs" / FILE_NAME).write_text(json.dumps(failed), encoding="utf-8")
         return 1
     return 0
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Asks Linux to send this process a signal when its parent dies, however that dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # 1 is PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,14 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 def braille_chart(
     steps: Sequence[float], values: Sequence[float], *, width: int = 60, height: int = 8
 ) -> str:
-    """Returns a line chart of `values` over `steps` as text, axis labels included."""
-    if len(values) < 2:
+    """Returns a line chart of `values` over `steps` as text, axis labels included.
+
+    What is not finite is left out; fewer than two points give an empty text.
+    """
+    points = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+    if len(points) < 2:
         return ""
+    steps, values = [s for s, _ in points], [v for _, v in points]
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     first, last = steps[0], steps[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -24,13 +25,21 @@ def count_gpus() -> tuple[int, str]:
     """Returns (number of usable NVIDIA GPUs, reason); `CUDA_VISIBLE_DEVICES` is honoured."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        ids = [part for part in visible.split(",") if part.strip() and part.strip() != "-1"]
+        parts = [part.strip() for part in visible.split(",")]
+        # As the driver reads it: what follows the first -1 or empty entry does not count.
+        ids = list(itertools.takewhile(lambda part: part not in ("", "-1"), parts))
         if not ids:
-            return 0, "CUDA_VISIBLE_DEVICES is empty"
+            return 0, f"CUDA_VISIBLE_DEVICES={visible} names none"
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0, "no nvidia-smi on this machine"
-    listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60)
+    try:
+        listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 0, f"nvidia-smi does not answer: {error}"
+    if listing.returncode != 0:
+        said = (listing.stdout + listing.stderr).strip().splitlines()
+        return 0, f"nvidia-smi failed: {said[-1] if said else f'exit code {listing.returncode}'}"
     found = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
     if visible is not None:
         return min(found, len(ids)), f"CUDA_VISIBLE_DEVICES={visible}"
@@ -61,6 +70,13 @@ def place_ranks(
         needed = f"`--num-ranks {num_ranks}`" if num_ranks else f"`--ep {ep}`"
         raise ResourceError(
             f"{needed} needs {wanted} GPUs, this machine offers {num_gpus} ({reason})",
-            hint=f"use `--ep {num_gpus}`, or `--device cpu` for a small model",
+            hint=f"use {_fitting(num_ranks, ep, num_gpus)}, or `--device cpu` for a small model",
         )
     return Placement("cuda", wanted, f"one rank a GPU over NCCL: {reason}")
+
+
+def _fitting(num_ranks: int | None, ep: int, num_gpus: int) -> str:
+    """Returns flags that fit the GPUs: the largest ep that divides what was asked for."""
+    size = next(size for size in range(min(ep, num_gpus), 0, -1) if ep % size == 0)
+    ranks = f" --num-ranks {num_gpus // size * size}" if num_ranks or num_gpus % size else ""
+    return f"`--ep {size}{ranks}`"

@@ -11,7 +11,7 @@ from epctl.errors import EpctlError, LaunchError
 from epctl.launch.agent import FILE_NAME
 
 # What a rank's death by signal usually means to the person who started it.
-SIGNAL_MEANING = {
+SIGNAL_MEANING: dict[int, str] = {
     signal.SIGKILL: "killed, usually the host ran out of memory",
     signal.SIGBUS: "bus error, usually /dev/shm is full",
     signal.SIGABRT: "aborted, usually a failed assertion in native code",
@@ -71,8 +71,9 @@ def _from_record(run_folder: Path, record: dict[str, Any]) -> EpctlError:
 def _from_exit_code(run_folder: Path, rank: int, code: int) -> EpctlError:
     log = run_folder / "logs" / f"rank-{rank}.log"
     if code < 0:
-        name = signal.Signals(-code).name
-        meaning = SIGNAL_MEANING.get(signal.Signals(-code), "killed by a signal")
+        known = -code in set(signal.Signals)
+        name = signal.Signals(-code).name if known else f"signal {-code}"
+        meaning = SIGNAL_MEANING.get(-code, "killed by a signal")
         message = f"rank {rank} failed first: {name} ({meaning})"
         return LaunchError(message, exit_code=128 - code, hint=f"see its log: `tail {log}`")
     message = f"rank {rank} failed first with exit code {code}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ class EventTail:
 
 
 class _Terminated(Exception):
-    """SIGTERM reached the launcher."""
+    """A signal that ends the launcher; `args[0]` is its number."""
 
 
 def run_job(
@@ -56,39 +57,69 @@ def run_job(
     """Runs the job to its end, calling `on_event` for each event, in order.
 
     Raises:
-        LaunchError: a rank failed (its own exit code), or SIGTERM arrived (143).
+        LaunchError: a rank failed (its own exit code), SIGTERM arrived (143) or the terminal was
+            closed (SIGHUP, 129).
         KeyboardInterrupt: Ctrl-C, after every rank is gone and staging folders are removed.
     """
-    tail = EventTail(run_folder / "metrics.jsonl")
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
-    with (run_folder / "logs" / "launcher.log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    follower = _LogFollower(run_folder / "logs" / "rank-0.log", verbose_to)
     try:
+        with _raised_signals():
+            process = _start_and_follow(command, environment, run_folder, on_event, verbose_to)
+    except _Terminated as error:
+        number = signal.Signals(error.args[0])
+        code = ExitCode.TERMINATED if number == signal.SIGTERM else 128 + number
+        raise LaunchError(f"terminated ({number.name})", exit_code=int(code)) from None
+    if process.returncode != 0:
+        _remove_staging(run_folder)
+        raise explain_failure(run_folder)
+
+
+def _start_and_follow(
+    command: list[str],
+    environment: Mapping[str, str],
+    run_folder: Path,
+    on_event: Callable[[dict[str, Any]], None],
+    verbose_to: Output | None,
+) -> subprocess.Popen[bytes]:
+    """Returns the ended process; whatever ends the following early ends the process too."""
+    tail = EventTail(run_folder / "metrics.jsonl")
+    follower = _LogFollower(run_folder / "logs" / "rank-0.log", verbose_to)
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with (run_folder / "logs" / "launcher.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         while process.poll() is None:
             _deliver(tail, on_event)
             follower.show()
             time.sleep(POLL_SECONDS)
         _deliver(tail, on_event)
         follower.show()
-    except _Terminated:
-        stop(process, run_folder)
-        raise LaunchError("terminated (SIGTERM)", exit_code=int(ExitCode.TERMINATED)) from None
     except BaseException:
-        stop(process, run_folder)
+        if process is not None:
+            stop(process, run_folder)
         raise
+    return process
+
+
+@contextlib.contextmanager
+def _raised_signals() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP exceptions; an ignored SIGHUP (nohup) stays ignored."""
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+    previous = {n: signal.getsignal(n) for n in numbers}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _raise_terminated)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
-    if process.returncode != 0:
-        _remove_staging(run_folder)
-        raise explain_failure(run_folder)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _deliver(tail: EventTail, on_event: Callable[[dict[str, Any]], None]) -> None:
@@ -97,18 +128,23 @@ def _deliver(tail: EventTail, on_event: Callable[[dict[str, Any]], None]) -> Non
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    raise _Terminated(number)
 
 
 def stop(process: subprocess.Popen[bytes], run_folder: Path) -> None:
-    """Ends the whole process group, politely first, and removes half-written folders."""
+    """Ends the whole process group, politely first, and removes half-written folders.
+
+    A second signal or Ctrl-C ends the patience, not the cleaning up.
+    """
     deadline = time.monotonic() + GRACE_SECONDS
-    _signal_group(process, signal.SIGTERM)
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    _signal_group(process, signal.SIGKILL)  # ranks ask Linux to die with their launcher
-    process.wait()
-    _remove_staging(run_folder)
+    try:
+        _signal_group(process, signal.SIGTERM)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+    finally:
+        _signal_group(process, signal.SIGKILL)  # ranks ask Linux to die with their launcher
+        process.wait()
+        _remove_staging(run_folder)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -137,6 +173,7 @@ class _LogFollower:
         with self.path.open("rb") as file:
             file.seek(self._position)
             text = file.read()
+        text = text[: text.rfind(b"\n") + 1]  # an unfinished line waits
         self._position += len(text)
         if text:
             self.output.note(text.decode("utf-8", errors="replace").rstrip("\n"))

@@ -128,7 +128,10 @@ class RunView:
         losses = [step["loss"] for step in self.steps]
         held_out = [(float(event["step"]), event["loss"]) for event in self.evals]
         title = f"{self.plan['model']}, ep {self.plan['ep']}, ZeRO-{self.plan['zero']}"
-        write_loss_png(self.run_folder / "loss.png", steps, losses, held_out, title)
+        try:
+            write_loss_png(self.run_folder / "loss.png", steps, losses, held_out, title)
+        except (ImportError, OSError) as error:  # the run itself is done and saved
+            self.output.warning(f"no curve was drawn: {error}")
         if self.output.mode is Mode.HUMAN:
             self._summary(event, steps, losses)
 
@@ -143,9 +146,10 @@ class RunView:
             f"\nheld-out loss {before:.4f} -> {after:.4f} "
             f"({format_count(self.steps[-1]['tokens'])} tokens, {mean_rate:,.0f} tokens/s, "
             f"{format_seconds(event['seconds'])} in all)\n"
-            f"run folder  {self.run_folder}\n"
-            f"curve       {self.run_folder / 'loss.png'}"
+            f"run folder  {self.run_folder}"
         )
+        if (self.run_folder / "loss.png").exists():
+            self.output.text(f"curve       {self.run_folder / 'loss.png'}")
         if (self.run_folder / "model").exists():
             self.output.text(f"model       {self.run_folder / 'model'} (loads in transformers)")
 

@@ -6,7 +6,6 @@ leaves a record of a failure that the launcher can explain.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from epctl.errors import EpctlError, exit_code_of
+from epctl.launch.agent import end_with_parent
 
 # What gloo and NCCL say on ranks whose peer has gone: a symptom of another rank's failure.
 PEER_LOSS = ("connection closed by peer", "connection reset", "broken pipe", "read error")
@@ -28,7 +28,7 @@ def main(run_folder: Path, program: str) -> int:
     """
     rank = int(os.environ["RANK"])
     _log_to_file(run_folder / "logs" / f"rank-{rank}.log")
-    _follow_parent_into_death()
+    end_with_parent(signal.SIGKILL)  # no orphan keeps the GPUs
     try:
         _run(run_folder, program)
     except Exception as error:
@@ -70,12 +70,6 @@ def _log_to_file(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _follow_parent_into_death() -> None:
-    """Asks Linux to kill this rank when its launcher dies, so that no orphan keeps the GPUs."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def test_a_known_error_of_a_rank_keeps_its_message_hint_and_code(run_folder: Pat
         (-6, "SIGABRT (aborted, usually a failed assertion in native code)", 134),
         (-11, "SIGSEGV (segmentation fault in native code)", 139),
         (-4, "SIGILL (killed by a signal)", 132),
+        (-50, "signal 50 (killed by a signal)", 178),
     ],
 )
 def test_a_rank_killed_by_a_signal_is_translated(

@@ -114,7 +114,20 @@ def test_sigterm_stops_every_rank_with_143(endless: Run) -> None:
     assert_nothing_left(endless, ranks)
 
 
-def test_ranks_die_with_a_killed_launcher(endless: Run) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_ranks_die_with_a_killed_epctl_or_a_closed_terminal(
+    endless: Run, number: signal.Signals
+) -> None:
+    ranks = endless.ranks()
+    assert len(ranks) == 2
+    endless.process.send_signal(number)
+    code, _, _ = endless.finish()
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 129)
+    _, alive = psutil.wait_procs(list(ranks.values()), timeout=SECONDS_TO_END)
+    assert not alive
+
+
+def test_ranks_die_with_a_killed_agent(endless: Run) -> None:
     """SIGKILL cannot be handled, so Linux is asked to end the ranks with their parent."""
     ranks = endless.ranks()
     agents = psutil.Process(endless.process.pid).children()

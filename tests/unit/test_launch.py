@@ -46,7 +46,52 @@ def test_placement_refusals_carry_the_numbers() -> None:
 
 def test_visible_devices_limit_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert count_gpus() == (0, "CUDA_VISIBLE_DEVICES is empty")
+    assert count_gpus() == (0, "CUDA_VISIBLE_DEVICES= names none")
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("0,2", 2), ("0,-1,1", 1), ("-1,0", 0), ("0,1,2,3,4", 3)]
+)
+def test_visible_devices_end_at_the_first_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str, expected: int
+) -> None:
+    write_nvidia_smi(tmp_path, "printf 'GPU 0: a\\nGPU 1: b\\nGPU 2: c\\n'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus()[0] == expected
+
+
+def test_a_broken_driver_is_the_reason_for_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_nvidia_smi(tmp_path, "echo 'Driver/library version mismatch'; exit 18")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert count_gpus() == (0, "nvidia-smi failed: Driver/library version mismatch")
+
+
+def write_nvidia_smi(folder: Path, body: str) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "ep", "num_gpus", "hint"),
+    [
+        (None, 16, 8, "use `--ep 8`, or"),
+        (None, 8, 6, "use `--ep 4 --num-ranks 4`, or"),
+        (8, 2, 4, "use `--ep 2 --num-ranks 4`, or"),
+    ],
+)
+def test_the_hint_for_too_few_gpus_works_as_typed(
+    num_ranks: int | None, ep: int, num_gpus: int, hint: str
+) -> None:
+    gpus = (num_gpus, "nvidia-smi lists them")
+    with pytest.raises(ResourceError) as caught:
+        place_ranks(device="auto", num_ranks=num_ranks, ep=ep, gpus=gpus)
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith(hint)
 
 
 def test_cpu_ranks_see_no_gpu_and_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +174,12 @@ def test_deepspeed_config_states_clipping_at_every_stage(zero: int) -> None:
     assert document["gradient_clipping"] == (0.0 if zero == 0 else 1.0)
     assert document["zero_optimization"]["reduce_scatter"] is True
     assert "expert_parallel" not in document
+
+
+def test_chart_of_a_run_that_diverged_leaves_out_what_is_not_finite() -> None:
+    steps, losses = [1, 2, 3, 4], [5.0, 4.0, float("nan"), float("inf")]
+    assert braille_chart(steps, losses) == braille_chart([1, 2], [5.0, 4.0])
+    assert braille_chart([1, 2], [1.0, float("nan")]) == ""
 
 
 def test_braille_chart_falls_from_left_to_right() -> None:
