@@ -409,6 +409,98 @@ def show_config(
     run_config(resolved, out, explain=explain)
 
 
+@app.command(
+    epilog=examples(
+        "epctl doctor",
+        "epctl doctor --ep 4 --zero 3 --moe autoep",
+        "epctl doctor --no-probes --json",
+        "epctl doctor --only stale_build_lock --only grouped_mm_row_stride",
+    )
+)
+def doctor(
+    ep: Annotated[int | None, typer.Option(help="Plan: expert parallel size.")] = None,
+    zero: Annotated[int | None, typer.Option(help="Plan: ZeRO stage, 0 to 3.")] = None,
+    optim: Annotated[str | None, typer.Option(help="Plan: optimizer.")] = None,
+    moe: Annotated[str | None, typer.Option(help="Plan: MoE layer, epctl or autoep.")] = None,
+    device: Annotated[str | None, typer.Option(help="Plan: auto, cpu or cuda.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Plan: settings from a TOML file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Plan: one setting, `section.key=value`.")
+    ] = None,
+    probes: Annotated[
+        bool, typer.Option("--probes/--no-probes", help="Run the engine's probes (a minute).")
+    ] = True,
+    only: Annotated[list[str] | None, typer.Option(help="Probe this hazard only.")] = None,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Report on this machine, and probe the engine's known hazards for a plan."""
+    from epctl.config import resolve_config
+    from epctl.launch.doctor import run_doctor
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    flags = {
+        "parallel.ep": ep,
+        "parallel.zero": zero,
+        "parallel.device": device,
+        "optim.name": optim,
+        "moe.implementation": moe,
+    }
+    resolved = resolve_config(file=config, settings=settings, flags=flags)
+    run_doctor(resolved, out, only=only, probes=probes)
+
+
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure, correctness first: a red gate prints no number.",
+)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command(
+    name="convert",
+    epilog=examples(
+        "epctl bench convert --size-gb 1",
+        "epctl bench convert --size-gb 8 --rounds 3 --folder /data --json-file convert.json",
+    ),
+)
+def bench_convert(
+    size_gb: Annotated[
+        float, typer.Option("--size-gb", help="Size of the synthetic checkpoint, 10^9 bytes.")
+    ] = 1.0,
+    rounds: Annotated[int, typer.Option(help="Measured rounds, after the gate.")] = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write; default: the working folder.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json-file", help="Also write the result there.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw the rates there.")] = None,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Shard, merge and re-shard beside the disk's own copy rate, with peak memory."""
+    from epctl.bench.convert import run_convert
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_convert(size_gb=size_gb, rounds=rounds, folder=folder, json_path=json_file, png_path=png)
+
+
+@bench_app.command(name="compare", epilog=examples("epctl bench compare before.json after.json"))
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A result of `epctl bench`.")],
+    after: Annotated[Path, typer.Argument(help="A later one of the same benchmark.")],
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Compare two results, row by row."""
+    from epctl.bench.compare import run_compare
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_compare(before, after)
+
+
 def main() -> None:
     """Runs the command line; the console script `epctl` points here."""
     app()

@@ -32,6 +32,7 @@ from epctl.runtime.resume import Checkpointer
 from epctl.runtime.run_settings import choose_device, num_steps, uses_bfloat16
 from epctl.runtime.train_loop import TrainLoop
 from epctl.runtime.training_model import TrainingModel, check_bytes, open_training_model
+from epctl.runtime.versions import require_equal_versions
 
 
 def train(run_folder: Path) -> None:
@@ -79,6 +80,7 @@ def start_rank(config: RunConfig) -> tuple[torch.device, Mesh]:
     torch.manual_seed(config.train.seed)
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     seams.initialize_distributed(device.type, timeout)
+    require_equal_versions()
     return device, seams.create_mesh(config.parallel.ep)
 
 
