@@ -48,7 +48,7 @@ def resolve(reference: str) -> ModelSource:
     neither the hub, its cache nor the catalog can answer.
     """
     path = Path(reference).expanduser()
-    if path.is_dir():
+    if reference and path.is_dir():
         return read_folder(path, id=reference)
     _refuse_files(path, reference)
     model_id, revision = parse_reference(reference)

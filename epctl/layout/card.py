@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,8 @@ from epctl.layout.names import format_ranges
 from epctl.output import format_bytes, format_count
 
 BAR_CELLS = 32
+LABEL_CELLS, PADDING_CELLS = 18, 2
+SHORTEST_REASON, LONGEST_REASON = 16, 44
 _PARTS = (
     ("routed_experts", "routed experts"),
     ("shared_experts", "shared experts"),
@@ -28,11 +31,11 @@ def layout_card(layout: ModelLayout) -> RenderableType:
     """Returns the card of a layout as a rich renderable."""
     blocks: list[RenderableType] = [_title(layout), _parameters(layout.parameters)]
     if layout.moe:
-        blocks.append(_facts("Mixture of experts", _moe_rows(layout.moe), layout.reasons))
-        blocks.append(_facts("Router", _router_rows(layout.moe), layout.reasons))
+        blocks.append(_Facts("Mixture of experts", _moe_rows(layout.moe), layout.reasons))
+        blocks.append(_Facts("Router", _router_rows(layout.moe), layout.reasons))
     if layout.vision:
-        blocks.append(_facts("Vision", _vision_rows(layout.vision), layout.reasons))
-    blocks.append(_facts("Parallel sizes", _parallel_rows(layout), {}))
+        blocks.append(_Facts("Vision", _vision_rows(layout.vision), layout.reasons))
+    blocks.append(_Facts("Parallel sizes", _parallel_rows(layout), {}))
     if layout.warnings:
         blocks.append(_warnings(layout.warnings))
     return Group(*(item for block in blocks for item in (block, Text(""))))
@@ -71,7 +74,8 @@ def _parameters(counts: ParameterCounts) -> Table:
         if value:
             share = value / counts.total
             cells = max(1, round(share * BAR_CELLS))
-            table.add_row(label, format_count(value), f"{share:6.1%}", Text("#" * cells))
+            bar = Text("#" * cells, no_wrap=True, overflow="crop")
+            table.add_row(label, format_count(value), f"{share:6.1%}", bar)
     for key, label in _BESIDE:
         value = getattr(counts, key)
         if value:
@@ -82,26 +86,38 @@ def _parameters(counts: ParameterCounts) -> Table:
 def _grid(title: str, columns: str) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=None, show_header=False,
-        padding=(0, 2, 0, 0), pad_edge=False,
+        padding=(0, PADDING_CELLS, 0, 0), pad_edge=False,
     )  # fmt: skip
-    table.add_column(no_wrap=columns != "l", min_width=18)
+    table.add_column(no_wrap=columns != "l", min_width=LABEL_CELLS)
     for column in columns[1:]:
         table.add_column(justify="right" if column == "r" else "left", overflow="fold")
     return table
 
 
-def _fact_grid(title: str) -> Table:
-    table = _grid(title, "ll")
-    # A reason is a courtesy: cut to its line, `--json` has it in full.
-    table.add_column(no_wrap=True, overflow="ellipsis", max_width=44)
-    return table
+class _Facts:
+    """Rows of label, value and reason; the reasons get what room the values leave, or none.
+
+    A reason is a courtesy, cut to its line: `--json` has it in full.
+    """
+
+    def __init__(self, title: str, rows: Iterable[Row], reasons: Mapping[str, str]) -> None:
+        self.title = title
+        self.rows = [(label, value, _reason(key, reasons)) for label, value, key in rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = _grid(self.title, "ll")
+        values = max((cell_len(value) for _, value, _ in self.rows), default=0)
+        room = options.max_width - LABEL_CELLS - values - 2 * PADDING_CELLS
+        shown = room >= SHORTEST_REASON and any(reason for _, _, reason in self.rows)
+        if shown:
+            table.add_column(no_wrap=True, overflow="ellipsis", max_width=min(room, LONGEST_REASON))
+        for label, value, reason in self.rows:
+            table.add_row(label, value, *([Text(reason, style="dim")] if shown else []))
+        yield table
 
 
-def _facts(title: str, rows: Iterable[Row], reasons: Mapping[str, str]) -> Table:
-    table = _fact_grid(title)
-    for label, value, key in rows:
-        table.add_row(label, value, Text(reasons.get(key, "").removeprefix("config "), style="dim"))
-    return table
+def _reason(key: str, reasons: Mapping[str, str]) -> str:
+    return reasons.get(key, "").removeprefix("config ")
 
 
 def _moe_rows(moe: MoELayout) -> list[Row]:

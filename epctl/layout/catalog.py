@@ -40,13 +40,17 @@ def read_entry(file: str) -> Mapping[str, Any]:
 
 
 def find_entry(model_id: str) -> Mapping[str, Any] | None:
-    """Returns the entry of a hub id or of one of its aliases, None when there is none."""
-    files = catalog_files()
-    if model_id in files:
-        return read_entry(files[model_id])
+    """Returns the entry of a hub id or of one of its aliases, None when there is none.
+
+    Upper and lower case are the same, as they are on the hub.
+    """
+    files = {name.lower(): file for name, file in catalog_files().items()}
+    wanted = model_id.lower()
+    if wanted in files:
+        return read_entry(files[wanted])
     for file in files.values():
         entry = read_entry(file)
-        if model_id in entry["aliases"]:
+        if wanted in map(str.lower, entry["aliases"]):
             return entry
     return None
 
@@ -64,7 +68,7 @@ def catalog_source(model_id: str, *, notes: tuple[str, ...] = ()) -> ModelSource
         for folded, dtype, shape in entry["tensors"]
         for name in unfold_name(folded)
     }
-    if entry["id"] != model_id:
+    if entry["id"].lower() != model_id.lower():
         notes = (*notes, f"`{model_id}` is described by its sibling `{entry['id']}`")
     return ModelSource(
         id=model_id, kind="catalog", config=entry["config"], tensors=tensors, notes=notes

@@ -217,6 +217,14 @@ def test_reference_that_is_nothing_is_refused_offline(reference, monkeypatch):
         resolve(reference)
 
 
+def test_empty_reference_is_not_this_folder(tmp_path, monkeypatch):
+    write_model(tmp_path, {"model.safetensors": tensor_shard({"a": F4})})
+    monkeypatch.chdir(tmp_path)
+    assert resolve(".").tensors
+    with pytest.raises(InputError, match="neither a folder nor a hub id"):
+        resolve("")
+
+
 def test_folder_without_config_or_weights_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no \.safetensors file"):
         resolve(str(tmp_path))

@@ -111,6 +111,12 @@ def test_alias_is_answered_by_its_sibling_with_a_note():
     assert "`deepseek-ai/DeepSeek-V3`" in source.notes[0]
 
 
+def test_upper_and_lower_case_are_the_same_as_on_the_hub():
+    source = catalog_source("moonshotai/moonlight-16b-a3b")
+    assert len(source.tensors) == 5344
+    assert source.notes == ()
+
+
 def test_unknown_id_is_not_in_the_catalog():
     assert find_entry("org/absent") is None
     assert catalog_source("org/absent") is None

@@ -58,6 +58,17 @@ STABLE = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_no_value_is_lost_in_a_narrow_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = run(MOONLIGHT).stdout
+    assert max(map(len, shown.splitlines())) <= columns
+    unwrapped = "".join(shown.split())
+    for value in ("64,top6", "1408ofhidden2048", "2.446", "mlp.gate.e_score_correction_bias"):
+        assert value in unwrapped
+    assert ("routed_scaling_factor=2.446" in unwrapped) == (columns == 200)
+
+
 def test_json_has_the_stable_names():
     result = document(MOONLIGHT)
     assert set(result) >= {*STABLE, "vision", "ep_sizes", "sp_sizes", "warnings", "reasons"}
