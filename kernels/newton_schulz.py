@@ -148,8 +148,9 @@ def orthogonalize(
     rows = coefficient_table(coefficients, num_steps)
     dtype = dtype or iteration_dtype(x_BMN.device)
     if method == "auto":
-        shape = x_BMN.shape[-2:]
-        method = "standard" if dtype == torch.bfloat16 else choose_method(*shape, num_steps).method
+        num_rows, num_columns = x_BMN.shape[-2:]
+        cheaper = choose_method(num_rows, num_columns, num_steps).method
+        method = "standard" if dtype == torch.bfloat16 else cheaper
     if method == "gram" and dtype == torch.bfloat16:
         raise ValueError("gram Newton-Schulz in bfloat16 is wrong on rank-poor matrices")
     work_BMN = normalize(x_BMN).to(dtype)
@@ -200,4 +201,5 @@ def normalize(x_BMN: Tensor) -> Tensor:
     largest_B11 = x_BMN.abs().amax(dim=(-2, -1), keepdim=True)
     unit_BMN = x_BMN / largest_B11.clamp_min(torch.finfo(torch.float32).tiny)
     norm_B11 = torch.linalg.vector_norm(unit_BMN, dim=(-2, -1), keepdim=True)
-    return unit_BMN / norm_B11.clamp_min(SMALLEST_NORM)
+    normal_BMN: Tensor = unit_BMN / norm_B11.clamp_min(SMALLEST_NORM)
+    return normal_BMN
