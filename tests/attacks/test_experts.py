@@ -5,7 +5,7 @@ from checkpoints import MOE_CONFIG, moe_tensors, tensor_shard, write_model
 
 from epctl.errors import LayoutError
 from epctl.hub import resolve
-from epctl.layout.detect import LayerMismatchError, detect
+from epctl.layout.detect import detect
 from epctl.layout.experts import (
     ExpertGapError,
     ExpertShapeError,
@@ -13,6 +13,7 @@ from epctl.layout.experts import (
     MixedExpertsError,
     OrphanScaleError,
 )
+from epctl.layout.mixture import LayerMismatchError
 from epctl.layout.parallel import why_not_ep
 
 BLOCK = "model.layers.0.block_sparse_moe"

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 from stored import EXPERT_CASES, source
 
-from epctl.layout.detect import LayerMismatchError, detect
+from epctl.layout.detect import detect
 from epctl.layout.experts import (
     ExpertGapError,
     ExpertShapeError,
     ExtraExpertError,
     MixedExpertsError,
 )
+from epctl.layout.mixture import LayerMismatchError
 
 # Families whose config gives no exact number of experts for a layer.
 UNCOUNTED = ("dots3_note_vision_encoder", "ernie4_5_vl_moe")
