@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from epctl.errors import HubError, InputError
 from epctl.layout.catalog import catalog_source, find_entry
+from epctl.layout.safetensors import short_text
 from epctl.layout.source import ModelSource, choose_weights, read_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -47,10 +48,14 @@ def resolve(reference: str) -> ModelSource:
     Raises InputError (and subclasses) for what is missing, damaged or unsafe, and HubError when
     neither the hub, its cache nor the catalog can answer.
     """
-    path = Path(reference).expanduser()
-    if reference and path.is_dir():
-        return read_folder(path, id=reference)
-    _refuse_files(path, reference)
+    try:
+        path = Path(reference).expanduser()
+        if reference and path.is_dir():
+            return read_folder(path, id=reference)
+        _refuse_files(path, reference)
+    except (OSError, RuntimeError) as error:  # unreadable, too long a name, `~` of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"`{short_text(reference)}` cannot be read: {reason}") from None
     model_id, revision = parse_reference(reference)
     if offline():
         return _fall_back(model_id, revision, "HF_HUB_OFFLINE is set", hint=None)
@@ -142,6 +147,21 @@ def cached_snapshot(model_id: str, revision: str | None) -> Path | None:
     return snapshot if complete else None
 
 
+def _address(url: str) -> tuple[str, int]:
+    """Returns host and port. Raises HubError for what is no http(s) address."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or parts.scheme not in ("http", "https"):
+        raise HubError(
+            f"HF_ENDPOINT `{url}` is no http(s) address",
+            hint="unset it for the public hub, or give one such as `https://hub.example`",
+        )
+    return host, port or (443 if parts.scheme == "https" else 80)
+
+
 def connection_problem(timeout: float) -> str | None:
     """Returns why the hub cannot be reached within `timeout` seconds, None when it can.
 
@@ -150,11 +170,7 @@ def connection_problem(timeout: float) -> str | None:
     """
     if any(os.environ.get(name) for name in _PROXIES):
         return None
-    parts = urlsplit(endpoint())
-    host = parts.hostname
-    if parts.scheme not in ("http", "https") or not host:
-        raise HubError(f"HF_ENDPOINT `{endpoint()}` is no http(s) address")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host, port = _address(endpoint())
     failure: list[str] = [f"no answer from {host} within {timeout:g} s"]
 
     def connect() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,12 @@ def _from_record(run_folder: Path, record: dict[str, Any]) -> EpctlError:
     return LaunchError(
         f"rank {record['rank']} failed first: {reason}",
         exit_code=record["exit_code"],
-        hint=f"its log ends with the traceback: `tail {log}`",
+        hint=f"its log ends with the traceback: `tail {shlex.quote(str(log))}`",
     )
 
 
 def _from_exit_code(run_folder: Path, rank: int, code: int) -> EpctlError:
-    log = run_folder / "logs" / f"rank-{rank}.log"
+    log = shlex.quote(str(run_folder / "logs" / f"rank-{rank}.log"))
     if code < 0:
         known = -code in set(signal.Signals)
         name = signal.Signals(-code).name if known else f"signal {-code}"

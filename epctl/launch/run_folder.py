@@ -19,7 +19,11 @@ def choose_run_folder(output: str | None) -> Path:
         candidates = (base.with_name(f"{stamp}-{n}") if n else base for n in range(1000))
         return next(path for path in candidates if not path.exists())
     folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    if used:
         raise ConfigError(
             f"run folder `{folder}` exists and is not empty", hint="choose another `--output`"
         )
@@ -34,8 +38,12 @@ def create_run_folder(folder: Path) -> Path:
     try:
         (folder / "logs").mkdir(parents=True)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            f"cannot create run folder `{folder}`: {reason}", hint="choose another `--output`"
-        ) from None
+        raise _unusable(folder, error) from None
     return folder.resolve()
+
+
+def _unusable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot create run folder `{folder}`: {error.strerror or error}",
+        hint="choose another `--output`",
+    )

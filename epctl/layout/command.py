@@ -19,6 +19,8 @@ def inspect(
     for note in source.notes:
         out.note(f"note: {note}")
     layout = detect(source)
+    if tree and (tensors or pattern):
+        out.warning("`--tree` is ignored beside `--tensors` or `--filter`")
     document = layout_document(layout)
     if tensors or pattern:
         rows = tensor_rows(source.tensors, pattern)

@@ -325,7 +325,5 @@ class ModelLayout:
                 f"`{self.id}`: the expert layout is known, the routing rule of model_type "
                 f"`{self.model_type}` is not: {', '.join(missing)} "
                 f"{'is' if len(missing) == 1 else 'are'} missing",
-                hint="state them in the `[moe.router]` section of the run config "
-                "(`--set moe.router.score_func=sigmoid`), or add a family file: "
-                "docs/adding-a-model.md",
+                hint="add a family file that states them: docs/adding-a-model.md",
             )

@@ -3,12 +3,13 @@
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 from checkpoints import CONFIG, shard, tensor_shard, write_model
 
-from epctl.errors import ExitCode, InputError
-from epctl.hub import resolve
+from epctl.errors import ExitCode, HubError, InputError
+from epctl.hub import _PROXIES, resolve
 from epctl.layout.safetensors import (
     DuplicateTensorError,
     HeaderSyntaxError,
@@ -223,6 +224,34 @@ def test_empty_reference_is_not_this_folder(tmp_path, monkeypatch):
     assert resolve(".").tensors
     with pytest.raises(InputError, match="neither a folder nor a hub id"):
         resolve("")
+
+
+@pytest.mark.parametrize("reference", ["a" * 5000, "~nobody-of-this-name/model"])
+def test_path_that_the_system_refuses_is_a_typed_error(reference):
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        resolve(reference)
+    assert len(caught.value.message) < 300
+
+
+def test_folder_that_may_not_be_read_is_a_typed_error(tmp_path, monkeypatch):
+    write_model(tmp_path, {"model.safetensors": tensor_shard({"a": F4})})
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("url", ["http://localhost:99999", "http://[::1", "hub.example", "ftp://x"])
+def test_endpoint_that_is_no_address_is_a_hub_error(url, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in _PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(HubError, match="no http"):
+        resolve("org/name")
 
 
 def test_folder_without_config_or_weights_is_refused(tmp_path):

@@ -61,6 +61,15 @@ def test_a_rank_killed_by_a_signal_is_translated(
     assert error.exit_code == exit_code
 
 
+def test_hints_quote_a_path_with_spaces(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    (folder / "logs").mkdir(parents=True)
+    write_codes(folder, {1: 41})
+    assert explain_failure(folder).hint == f"see its log: `tail '{folder}/logs/rank-1.log'`"
+    record_failure(folder, 0, ZeroDivisionError("x"))
+    assert f"`tail '{folder}/logs/rank-0.log'`" in str(explain_failure(folder).hint)
+
+
 def test_a_trainers_own_exit_code_passes_through(run_folder: Path) -> None:
     write_codes(run_folder, {1: 41})
     error = explain_failure(run_folder)

@@ -60,7 +60,7 @@ def test_refusal_names_the_keys_and_the_section():
         layout.require_trainable()
     for key in ("score_func", "normalize", "scale"):
         assert f"moe.router.{key}" in caught.value.message
-    assert "[moe.router]" in caught.value.hint
+    assert "docs/adding-a-model.md" in caught.value.hint
     assert "nobody" in caught.value.message
 
 

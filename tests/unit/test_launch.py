@@ -125,6 +125,11 @@ def test_run_folders_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         choose_run_folder(str(tmp_path / "file"))
 
 
+def test_a_run_folder_that_the_system_refuses_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"cannot create run folder .*: File name too long"):
+        choose_run_folder("a" * 300)
+
+
 def test_event_tail_waits_for_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = EventTail(path)
