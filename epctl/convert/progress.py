@@ -5,8 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from epctl.output import Mode, Output, format_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_EVERY = 0.05
 # Seconds between lines at least: what ends sooner needs none.
@@ -73,7 +77,7 @@ class ByteProgress:
         )
 
 
-def _bar(out: Output):  # type: ignore[no-untyped-def]
+def _bar(out: Output) -> Progress:
     from rich.progress import (
         BarColumn,
         DownloadColumn,

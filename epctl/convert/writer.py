@@ -177,7 +177,7 @@ class Writer:
                     self.advance(len(chunk))
                     if written - flushed >= WRITEBACK_BYTES:
                         reached("mid-tensor")
-                        _start_writeback(descriptor, flushed, written - flushed)
+                        start_writeback(descriptor, flushed, written - flushed)
                         flushed = written
                 digests.append(told.hexdigest())
             reached("after tensor")
@@ -188,26 +188,15 @@ class Writer:
         """Writes indexes and copied files, the manifest last."""
         files = dict(small_files)
         sizes = {
-            name: tensor.num_bytes for file in self.plan.files
-            for name, tensor in ((t.name, t) for t in file.tensors)
-        }  # fmt: skip
+            tensor.name: tensor.num_bytes for file in self.plan.files for tensor in file.tensors
+        }
         for path, weight_map in self.plan.indexes.items():
             files[path] = _index_text(weight_map, self.plan, sizes)
         files[MANIFEST_NAME] = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
         for name, data in files.items():
             write_synced(self.staged / name, data)
-        self._sweep(set(files))
         for folder, _, _ in os.walk(self.staged):
             sync_folder(Path(folder))
-
-    def _sweep(self, small_files: set[str]) -> None:
-        """Removes what an earlier, killed run left half-written."""
-        wanted = {file.path for file in self.plan.files} | small_files
-        for folder, _, names in os.walk(self.staged):
-            for name in names:
-                path = Path(folder) / name
-                if path.relative_to(self.staged).as_posix() not in wanted:
-                    path.unlink()
 
 
 def _index_text(weight_map: Any, plan: OutputPlan, sizes: dict[str, int]) -> bytes:
@@ -229,7 +218,7 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> int:
     return done
 
 
-def _start_writeback(descriptor: int, offset: int, length: int) -> None:
+def start_writeback(descriptor: int, offset: int, length: int) -> None:
     """Lets the disk begin; a sync of gigabytes at the end would leave it idle until then."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)

@@ -167,6 +167,13 @@ def test_float64_is_rounded_once(value):
             assert abs(float(result) - value) <= abs(float(neighbour) - value)
 
 
+def test_float64_just_above_a_tie_rounds_up():
+    # By way of float32 the 2**-40 is lost, the tie appears, and even is below.
+    value = np.array([1 + 2.0**-8 + 2.0**-40])
+    got = quantization.to_float32(quantization.cast_to_bfloat16(value, "F64"), "BF16")
+    assert got[0] == 1 + 2.0**-7
+
+
 def test_float32_and_float16_become_bfloat16_but_selection_biases_do_not(tmp_path):
     model = write_model(tmp_path / "m", "per_expert", dtype="F32")
     manifest = export(model, tmp_path / "out", dtype="bf16")

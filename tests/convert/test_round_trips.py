@@ -5,12 +5,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from checkpoints import PLAIN, STORAGES, read_tensors, read_tree, write_model
+from checkpoints import PLAIN, STORAGES, WIDTH, read_tensors, read_tree, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import merge, reshard, shard
 
 from epctl.convert.open import open_checkpoint
+from epctl.layout.source import read_shard_header
 from epctl.output import set_mode
 
 EP_SIZES = (1, 2, 4, 8, 64)
@@ -129,6 +130,14 @@ def test_a_rank_holds_its_own_experts_and_no_others(tmp_path):
         for projection in ("gate", "up", "down")
     }
     assert not any("experts." in name for name in read_tensors(tmp_path / "s" / "shared"))
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path):
+    model = write_model(tmp_path / "m", "fp8", num_experts=4, hidden=3, width=5)
+    shard(model, tmp_path / "s", 2)
+    for path in (tmp_path / "s").rglob("*.safetensors"):
+        for name, entry in read_shard_header(path).tensors.items():
+            assert entry.start % WIDTH[entry.dtype] == 0, name
 
 
 def test_one_rank_alone_writes_the_same_bytes(tmp_path):
