@@ -18,6 +18,18 @@ MUON_ONLY = (
     "newton_schulz_steps",
     "router",
 )
+# What the engine's own Muon has no setting for, or epctl's own code around it would do.
+NOT_IN_DEEPSPEED_MUON = (
+    "nesterov",
+    "update_scale",
+    "newton_schulz_steps",
+    "router",
+    "momentum_dtype",
+    "coefficients",
+    "gradient_clipping",
+    "qk_clip",
+    "attention_logit_interval",
+)
 
 
 def warn_of_ignored_settings(resolved: ResolvedConfig, output: Output) -> None:
@@ -39,6 +51,11 @@ def ignored_settings(resolved: ResolvedConfig) -> Iterator[tuple[str, str]]:
     config = resolved.config
     if config.optim.name == "adamw":
         yield from ((f"optim.{name}", "the optimizer is adamw") for name in MUON_ONLY)
+    if config.optim.name == "deepspeed-muon":
+        reason = "DeepSpeed's own Muon has no such setting"
+        yield from ((f"optim.{name}", reason) for name in NOT_IN_DEEPSPEED_MUON)
+    if config.optim.qk_clip is not None:
+        yield "optim.attention_logit_interval", "`optim.qk_clip` measures every step"
     if config.optim.schedule != "wsd":
         yield "optim.decay_ratio", f"the schedule is {config.optim.schedule}"
     if config.model.reference is None:

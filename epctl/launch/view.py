@@ -233,7 +233,9 @@ def _plan_rows(event: Event) -> list[tuple[str, str]]:
         (
             "Muon",
             f"{format_count(event['num_muon'])} parameters in "
-            f"{event['num_muon_matrices']:,} matrices",
+            f"{event['num_muon_matrices']:,} matrices; rank 0 owns "
+            f"{event['num_owned_matrices']:,} and sends "
+            f"{format_bytes(event['num_sent_bytes'])} a step",
         ),
         ("AdamW", f"{format_count(event['num_adamw'])} parameters"),
         *_frozen_row(event),

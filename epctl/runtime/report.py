@@ -44,6 +44,8 @@ def plan_of(
         "num_local_experts": mesh.num_local_experts(model.config.n_routed_experts),
         "num_muon": split.num_muon,
         "num_muon_matrices": split.num_muon_matrices,
+        "num_owned_matrices": getattr(optimizer, "num_owned_matrices", 0),
+        "num_sent_bytes": getattr(optimizer, "num_sent_bytes", 0),
         "num_adamw": split.num_adamw,
         "num_frozen": total - split.num_muon - split.num_adamw,
         "trained": config.train.parameters,
@@ -68,6 +70,19 @@ def _count_parameters(module: torch.nn.Module) -> dict[str, int]:
         kind = "buffer" if is_buffer else "expert" if tensor.is_expert else "dense"
         sizes[kind] += tensor.num_elements
     return sizes
+
+
+def attention_facts(optimizer: Any) -> dict[str, Any]:
+    """Returns the largest attention logit last measured and where, if the run measures any."""
+    measured = getattr(optimizer, "attention_logits", None)
+    report = measured.latest_report if measured is not None else None
+    if report is None:
+        return {}
+    return {
+        "attention_logit": round(report.largest, 4),
+        "attention_logit_layer": report.layer,
+        "attention_logit_head": report.head,
+    }
 
 
 def expert_load(engine: Any) -> float:

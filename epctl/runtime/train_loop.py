@@ -13,7 +13,7 @@ from epctl.runtime.engine import train_step
 from epctl.runtime.evaluate import held_out_loss, sample_continuation
 from epctl.runtime.events import EventLog
 from epctl.runtime.mesh import Mesh
-from epctl.runtime.report import expert_load, peak_memory
+from epctl.runtime.report import attention_facts, expert_load, peak_memory
 from epctl.runtime.run_settings import rows_per_step, tokens_per_step
 
 PROMPT_TOKENS = 64
@@ -97,6 +97,7 @@ class TrainLoop:
             tokens=clock.tokens_per_step * done,
             memory_bytes=peak_memory(self.engine.device),
             expert_load=round(expert_load(self.engine), 3),
+            **attention_facts(self.scheduler.optimizer),
         )
 
 
