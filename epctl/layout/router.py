@@ -39,18 +39,15 @@ def build_router(
     reasons: Reasons,
 ) -> RouterLayout:
     """Returns the router of a stack; each fact's reason goes into `reasons`."""
-    known = namings(stack, family)
-    weight = present_name(stack, groups, [names.router for names in known])
-    linear_bias = present_name(stack, groups, [names.router_bias for names in known])
-    correction = present_name(stack, groups, [names.correction_bias for names in known])
-    num_outputs = None
-    if weight is not None:
-        example = groups[f"{stack.prefix}.{weight}"].names[0]
-        num_outputs = tensors[example].shape[0]
-        reasons["moe.router.weight"] = f"tensor `{example}` {list(tensors[example].shape)}"
-    if correction is not None:
-        example = groups[f"{stack.prefix}.{correction}"].names[0]
-        reasons["moe.router.correction_bias"] = f"tensor `{example}`"
+    names = _router_names(stack, family, groups)
+    weight = names["weight"]
+    example = groups[f"{stack.prefix}.{weight}"].names[0] if weight else None
+    shape = tensors[example].shape if example else ()
+    if example:
+        reasons["moe.router.weight"] = f"tensor `{example}` {list(shape)}"
+    if names["correction_bias"]:
+        bias = groups[f"{stack.prefix}.{names['correction_bias']}"].names[0]
+        reasons["moe.router.correction_bias"] = f"tensor `{bias}`"
     rule = family.router if family and family.router else {}
     grouped = _groups_count(rule.get("groups_when"), facts, reasons)
     values = {
@@ -61,10 +58,8 @@ def build_router(
     if not rule:
         reasons["moe.router.score_func"] = "no family states the routing rule of this model_type"
     return RouterLayout(
-        weight=weight,
-        linear_bias=linear_bias,
-        correction_bias=correction,
-        num_outputs=num_outputs,
+        **names,
+        num_outputs=shape[0] if shape else None,
         score_func=values.get("score_func"),
         normalize=_flag(values.get("normalize"), reasons.get("moe.router.normalize")),
         scale=_number(values.get("scale"), reasons.get("moe.router.scale")),
@@ -79,6 +74,19 @@ def build_router(
         weight_on=values.get("weight_on", "expert_output"),
         float32=bool(values.get("float32", False)),
     )
+
+
+def _router_names(
+    stack: ExpertStack, family: Family | None, groups: Groups
+) -> dict[str, str | None]:
+    """Returns the names of the router's tensors, below the layer prefix, or None."""
+    known = namings(stack, family)
+    alternatives = {
+        "weight": [names.router for names in known],
+        "linear_bias": [names.router_bias for names in known],
+        "correction_bias": [names.correction_bias for names in known],
+    }
+    return {key: present_name(stack, groups, listed) for key, listed in alternatives.items()}
 
 
 def _groups_count(

@@ -90,9 +90,6 @@ def build_vision(
     full = value.get("full_layers")
     window = value.whole("window_size") if isinstance(full, list) else None
     windowed = tuple(n for n in range(num_layers) if n not in full) if window else ()
-    token = None if plain else facts.look_up(IMAGE_TOKENS)
-    if token and token[1]:
-        reasons["vision.image_token_id"] = token[1]
     projector = None
     if not plain:
         projector = _prefix(groups, stated.get("projector", ()), _PROJECTOR)
@@ -109,10 +106,17 @@ def build_vision(
         image_size=value.whole("image_size"),
         window_size=window,
         windowed_layers=windowed,
-        image_token_id=token[0] if token and type(token[0]) is int else None,
+        image_token_id=None if plain else _image_token(facts, reasons),
         placeholder=stated.get("placeholder"),
         unit=stated.get("unit"),
     )
+
+
+def _image_token(facts: ConfigFacts, reasons: Reasons) -> int | None:
+    token, reason = facts.look_up(IMAGE_TOKENS)
+    if reason:
+        reasons["vision.image_token_id"] = reason
+    return token if type(token) is int else None
 
 
 class _Values:

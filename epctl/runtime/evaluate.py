@@ -43,7 +43,8 @@ def sample_continuation(
     for _ in range(num_tokens):
         result = engine(input_ids=ids_1S, past_key_values=cache, use_cache=True)
         cache = result.past_key_values
-        scores = result.logits[0, -1].float().cpu() / temperature
+        # A run that diverged still ends in order: what is not finite has no say in the draw.
+        scores = result.logits[0, -1].float().cpu().nan_to_num(0.0, 0.0, -1e30) / temperature
         choice = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
         token = choice.to(engine.device)
         dist.broadcast(token, src=0)  # rounding may differ between ranks; the text may not
