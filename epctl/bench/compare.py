@@ -50,14 +50,14 @@ def run_compare(before: Path, after: Path) -> list[Change]:
     """
     documents = [read_result(path) for path in (before, after)]
     changes = compare_results(*documents)
-    warnings = machine_differences(*documents)
+    warnings = machine_differences(*documents) + setting_differences(*documents)
     for warning in warnings:
         out.warning(warning)
     out.data(_table(changes, before, after))
     out.document(
         {
             "benchmark": documents[0]["benchmark"],
-            "machine_differences": warnings,
+            "differences": warnings,
             "changes": [
                 {
                     "row": change.row,
@@ -137,6 +137,18 @@ def machine_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
         f"other {key}: {one.get(key)} and {other.get(key)}"
         for key in MACHINE_KEYS
         if one.get(key) != other.get(key)
+    ]
+
+
+def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Returns what differs in what was measured: shape, size, rounds and the like."""
+    return [
+        f"other {key}: {before[key]} and {after[key]}"
+        for key in before
+        if key in after
+        and key not in ("rows", "machine", "absent")
+        and not isinstance(before[key], float)
+        and before[key] != after[key]
     ]
 
 

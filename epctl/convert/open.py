@@ -8,7 +8,7 @@ from typing import Any
 
 from epctl.convert.manifest import moe_of_manifest, read_manifest
 from epctl.convert.view import CheckpointView, Extent, TensorView, num_bytes, view_of_model
-from epctl.errors import InputError
+from epctl.errors import EpctlError, InputError
 from epctl.hub import resolve
 from epctl.layout.names import unfold_name
 from epctl.layout.safetensors import TensorEntry
@@ -53,6 +53,18 @@ def view_of_output(folder: Path, manifest: Mapping[str, Any]) -> CheckpointView:
 
     Raises InputError when a file is missing, or holds other tensors than the manifest says.
     """
+    try:
+        return _view(folder, manifest)
+    except EpctlError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"the manifest of `{folder}` is damaged: {error!r}",
+            hint="convert again from the source",
+        ) from None
+
+
+def _view(folder: Path, manifest: Mapping[str, Any]) -> CheckpointView:
     config = _read_config(folder)
     parts = _parts_by_name(folder, manifest)
     tensors = {

@@ -74,6 +74,14 @@ def test_another_machine_is_named():
     assert compare.machine_differences(one, other) == ["other device: A and B"]
 
 
+def test_another_size_is_named():
+    one, other = (
+        {"num_bytes": 1, "rows": [1], "rate": 1.0},
+        {"num_bytes": 2, "rows": [], "rate": 2.0},
+    )
+    assert compare.setting_differences(one, other) == ["other num_bytes: 1 and 2"]
+
+
 def test_a_wrong_conversion_prints_no_number(tmp_path, monkeypatch, capsys):
     def damaged(*arguments, **options):
         manifest, seconds = write(*arguments, **options)

@@ -199,3 +199,8 @@ def test_a_damaged_manifest_is_refused(shards, tmp_path):
     result = epctl("convert", "verify", copy)
     assert result.returncode == 4
     assert "outside of it" in result.stderr
+    for good, bad in (('"dtype": "BF16"', '"dtype": 7'), ('"num_experts": 8', '"num_experts": []')):
+        assert good in text
+        (copy / "manifest.json").write_text(text.replace(good, bad))
+        result = epctl("convert", "merge", copy, "-o", tmp_path / "merged")
+        assert result.returncode == 4, result.stderr
