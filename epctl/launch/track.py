@@ -79,4 +79,5 @@ def tracked_values(event: Event) -> dict[str, float]:
     if event["event"] != "step":
         return {}
     skipped = ("event", "time", "step")
-    return {f"train/{key}": float(value) for key, value in event.items() if key not in skipped}
+    numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k not in skipped}
+    return {f"train/{key}": float(value) for key, value in numbers.items()}
