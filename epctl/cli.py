@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from epctl import __version__
 from epctl.errors import EXIT_CODE_MEANING, debug_enabled, exit_code_of, format_error
-from epctl.output import out, set_mode
+from epctl.output import out, prepare_streams, set_mode
 
 EXIT_CODES = (
     "Exit codes: "
@@ -86,6 +86,8 @@ def examples(*lines: str) -> str:
         "epctl train moonshotai/Moonlight-16B-A3B --data chats.jsonl --ep 8 --epochs 2",
         "epctl train ./moonlight --data chats.jsonl --ep 8 --check --check-layers 2",
         "epctl train --resume runs/first --steps 400",
+        "epctl train -o /shared/run --ep 8 --nnodes 2 --node-rank 1 --rdzv node0:29500",
+        "epctl train -o /shared/run --ep 8 --num-ranks 16 --nnodes 2 --launcher slurm --print",
     )
 )
 def train(
@@ -144,6 +146,25 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One setting, `section.key=value`.")
     ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="torchrun (default), deepspeed, or slurm.")
+    ] = None,
+    num_nodes: Annotated[int | None, typer.Option("--nnodes", help="Machines of the job.")] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(help="Which machine this is; 0 writes the run folder.")
+    ] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option("--rdzv", help="HOST:PORT of node 0, where the nodes meet.")
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="`HOST slots=N` lines: start every node by ssh.")
+    ] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(help="Start failed ranks again from the newest checkpoint.")
+    ] = None,
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Print the sbatch script or ssh lines, start nothing.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show settings, DeepSpeed JSON and command only.")
     ] = False,
@@ -153,6 +174,7 @@ def train(
 ) -> None:
     """Train; with no model, a small one of Moonlight's layout on local Python sources."""
     from epctl.config import resolve_config
+    from epctl.launch.nodes_start import start_elsewhere, starts_elsewhere
     from epctl.launch.resume_run import resumed_settings
     from epctl.launch.train_command import run_train
 
@@ -179,9 +201,18 @@ def train(
         "run.resume": str(resume) if resume is not None else None,
         "run.track": track,
         "check.num_layers": check_layers,
+        "launch.launcher": launcher,
+        "launch.num_nodes": num_nodes,
+        "launch.node_rank": node_rank,
+        "launch.rendezvous": rendezvous,
+        "launch.hostfile": str(hostfile) if hostfile is not None else None,
+        "launch.max_restarts": max_restarts,
     }
     base = resumed_settings(resume) if resume is not None else None
     resolved = resolve_config(file=config, settings=settings, flags=flags, base=base)
+    if starts_elsewhere(resolved.config, print_only=print_only) and not dry_run:
+        start_elsewhere(resolved, out, print_only=print_only, check=check)
+        return
     run_train(resolved, out, dry_run=dry_run, check=check, verbose=verbose)
 
 
@@ -501,6 +532,27 @@ def bench_compare(
     run_compare(before, after)
 
 
+@app.command(
+    epilog=examples(
+        "epctl logs runs/20261122-101500",
+        "epctl logs runs/20261122-101500 --rank 3 --lines 200",
+    )
+)
+def logs(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    rank: Annotated[int | None, typer.Option(help="Show this rank's log.")] = None,
+    lines: Annotated[int, typer.Option(help="Last lines of the log.", min=1)] = 40,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show what a run did: state, why it failed, its logs, how to resume."""
+    from epctl.launch.logs_command import show_logs
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    show_logs(run, out, rank=rank, num_lines=lines)
+
+
 def main() -> None:
     """Runs the command line; the console script `epctl` points here."""
+    prepare_streams()
     app()

@@ -22,13 +22,20 @@ from epctl.errors import ConfigError
 class Section(BaseModel):
     """A part of the config: unknown keys are refused, values are never coerced from odd types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False
+    )
 
 
 # One path may be written without brackets.
 Paths = Annotated[
-    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+    tuple[str, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else _as_tuple(value)),
 ]
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class ModelSection(Section):
@@ -172,6 +179,28 @@ class CheckSection(Section):
     steps: int = Field(2, ge=1, description="optimizer steps that `--check` compares")
 
 
+class LaunchSection(Section):
+    launcher: Literal["torchrun", "deepspeed", "slurm"] = Field(
+        "torchrun", description="what starts the ranks; slurm: an sbatch script around epctl"
+    )
+    num_nodes: int = Field(1, ge=1, description="machines of the job; ranks are shared out evenly")
+    node_rank: int = Field(0, ge=0, description="which of them this is; 0 writes the run folder")
+    rendezvous: str | None = Field(None, description="HOST:PORT of node 0 where the nodes meet")
+    local_address: str | None = Field(
+        None, description="address the others reach this node by; default: its host name"
+    )
+    hostfile: str | None = Field(None, description="file of `HOST slots=N` lines, started by ssh")
+    max_restarts: int = Field(
+        0, ge=0, description="times the ranks are started again from the newest checkpoint"
+    )
+    slurm_partition: str | None = Field(None, description="sbatch --partition")
+    slurm_account: str | None = Field(None, description="sbatch --account")
+    slurm_time: str = Field("24:00:00", description="sbatch --time")
+    slurm_signal_seconds: int = Field(
+        120, ge=0, description="seconds before the limit at which the ranks are told to end"
+    )
+
+
 class RunConfig(Section):
     """All settings of `epctl train`."""
 
@@ -183,6 +212,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     run: RunSection = RunSection()
     check: CheckSection = CheckSection()
+    launch: LaunchSection = LaunchSection()
 
 
 # What the small embedded model trains well with would ruin or starve a published one.
@@ -323,15 +353,23 @@ def _parse_setting(text: str) -> tuple[str, Any]:
     if not separator:
         raise ConfigError(f"`--set {text}` has no `=`", hint=f"write `--set {text}=VALUE`")
     try:
-        return key.strip(), tomllib.loads(f"value = {raw}")["value"]
+        document = tomllib.loads(f"value = {raw}")
     except tomllib.TOMLDecodeError:
         return key.strip(), raw.strip()  # an unquoted string
+    if len(document) > 1:
+        raise ConfigError(f"`--set {text}` holds more than one setting", hint="give each its `--set`")
+    return key.strip(), document["value"]
 
 
 def _check_key(key: str, source: str) -> None:
     known = list(config_keys())
     if key in known:
         return
+    if any(name.startswith(f"{key}.") for name in known):
+        names = ", ".join(name for name in known if name.startswith(f"{key}."))
+        raise ConfigError(
+            f"`{key}` is a section, not a setting ({source})", hint=f"its settings: {names}"
+        )
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     section = key.partition(".")[0]
     siblings = [name for name in known if name.startswith(section + ".")] or known

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from epctl.config import ResolvedConfig, flat_values
-from epctl.launch.devices import Placement, count_gpus, place_ranks
+from epctl.launch.devices import Placement, count_gpus
 from epctl.launch.ds_config import REASONS, SETTINGS, deepspeed_config, flat_keys
 from epctl.launch.model_reference import open_reference
+from epctl.launch.nodes import place_job
 from epctl.output import Output
 
 
@@ -53,12 +54,7 @@ def plan_placement(resolved: ResolvedConfig) -> Placement:
     if config.model.reference is not None:
         _, layout = open_reference(config.model.reference)
         num_experts = layout.moe.num_experts if layout.moe is not None else None
-    placement = place_ranks(
-        device=config.parallel.device,
-        num_ranks=config.parallel.num_ranks,
-        ep=config.parallel.ep,
-        gpus=count_gpus(),
-    )
+    placement = place_job(config, count_gpus())
     validate_expert_parallel(config.parallel.ep, placement.num_ranks, num_experts)
     return placement
 

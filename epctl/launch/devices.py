@@ -14,11 +14,16 @@ from epctl.errors import ConfigError, ResourceError
 
 @dataclass(frozen=True)
 class Placement:
-    """Where ranks run, how many there are, and why."""
+    """Where ranks run, how many there are on all nodes together, and why."""
 
     device: Literal["cpu", "cuda"]
     num_ranks: int
     reason: str
+    num_nodes: int = 1
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.num_ranks // self.num_nodes
 
 
 def count_gpus() -> tuple[int, str]:

@@ -13,8 +13,9 @@ from typing import Any
 from epctl.config import ResolvedConfig, flat_values
 from epctl.errors import ConfigError, GateError
 from epctl.launch import doctor_facts
-from epctl.launch.devices import Placement, count_gpus, place_ranks
+from epctl.launch.devices import Placement, count_gpus
 from epctl.launch.hazards import Hazard, advice, load_hazards
+from epctl.launch.nodes import place_job
 from epctl.launch.probe_run import ProbeResult, run_probes
 from epctl.output import Output, format_bytes, format_seconds
 
@@ -55,12 +56,7 @@ def run_doctor(
     """
     started = time.monotonic()
     hazards = choose_hazards(only)
-    placement = place_ranks(
-        device=resolved.config.parallel.device,
-        num_ranks=resolved.config.parallel.num_ranks,
-        ep=resolved.config.parallel.ep,
-        gpus=count_gpus(),
-    )
+    placement = place_job(resolved.config, count_gpus())
     report = machine_report(placement)
     show_machine(report, output)
     plan = plan_facts(resolved, placement)

@@ -60,7 +60,7 @@ def show_dry_run(
 ) -> None:
     """Shows what would run."""
     values = flat_values(resolved.config)
-    command = launch_command(folder, placement)
+    command = launch_command(folder, placement, launch=resolved.config.launch)
     output.document(
         {
             "config": {

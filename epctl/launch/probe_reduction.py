@@ -90,9 +90,11 @@ def expert_state(work: Path) -> Finding:
     with engine_of(tiny_moe(), autoep_config(1, 2)) as engine:
         train_moe_step(engine)
         held = [getattr(p, "_hp_mapping", None) for p in expert_parameters(engine)]
-        held = [mapping for mapping in held if mapping is not None]
-        linked = sum(bool(mapping.optim_fragment) for mapping in held)
-    return Finding(linked < len(held), f"{linked} of {len(held)} expert fragments have state")
+        fragments = [mapping.optim_fragment for mapping in held if mapping is not None]
+        linked = sum(bool(fragment) for fragment in fragments)
+    return Finding(
+        linked < len(fragments), f"{linked} of {len(fragments)} expert fragments have state"
+    )
 
 
 @probe_of("reduce_scatter_off_with_experts")

@@ -12,7 +12,7 @@ from epctl.launch.devices import Placement
 from epctl.runtime.run_checkpoints import Topology, newest_checkpoint, require_topology
 
 # Where a run was to go, and what it resumed itself, is not for the next one to inherit.
-NOT_INHERITED = ("run.output", "run.resume")
+NOT_INHERITED = ("run.output", "run.resume", "launch.node_rank", "launch.local_address")
 
 
 def resumed_settings(run_folder: Path) -> tuple[Mapping[str, Any], str]:
@@ -46,7 +46,7 @@ def checkpoint_to_resume(resolved: ResolvedConfig, placement: Placement) -> Path
 
 def reopen_run_folder(folder: Path) -> Path:
     """Removes what the earlier job left behind about its own failure; returns the absolute path."""
-    for pattern in ("logs/failure-rank-*.json", "logs/failed-ranks.json"):
+    for pattern in ("logs/failure-rank-*.json", "logs/failed-ranks.json", "command.txt"):
         for path in folder.glob(pattern):
             path.unlink()
     return folder.resolve()

@@ -53,6 +53,7 @@ def run_job(
     on_event: Callable[[dict[str, Any]], None],
     *,
     verbose_to: Output | None = None,
+    log_name: str = "launcher.log",
 ) -> None:
     """Runs the job to its end, calling `on_event` for each event, in order.
 
@@ -63,7 +64,9 @@ def run_job(
     """
     try:
         with _raised_signals():
-            process = _start_and_follow(command, environment, run_folder, on_event, verbose_to)
+            process = _start_and_follow(
+                command, environment, run_folder, on_event, verbose_to, log_name
+            )
     except _Terminated as error:
         number = signal.Signals(error.args[0])
         code = ExitCode.TERMINATED if number == signal.SIGTERM else 128 + number
@@ -79,13 +82,14 @@ def _start_and_follow(
     run_folder: Path,
     on_event: Callable[[dict[str, Any]], None],
     verbose_to: Output | None,
+    log_name: str,
 ) -> subprocess.Popen[bytes]:
     """Returns the ended process; whatever ends the following early ends the process too."""
     tail = EventTail(run_folder / "metrics.jsonl")
     follower = _LogFollower(run_folder / "logs" / "rank-0.log", verbose_to)
     process: subprocess.Popen[bytes] | None = None
     try:
-        with (run_folder / "logs" / "launcher.log").open("wb") as log:
+        with (run_folder / "logs" / log_name).open("wb") as log:
             process = subprocess.Popen(
                 command,
                 env=dict(environment),

@@ -12,11 +12,12 @@ from typing import Any
 from epctl.config import ResolvedConfig, RunConfig
 from epctl.launch.check_command import check_settings, conclude
 from epctl.launch.command import launch_command, rank_environment
-from epctl.launch.devices import Placement, count_gpus, place_ranks
+from epctl.launch.devices import Placement, count_gpus
 from epctl.launch.dry_run import count_state, show_dry_run
 from epctl.launch.ds_config import deepspeed_config
 from epctl.launch.ignored import warn_of_check_settings, warn_of_ignored_settings
 from epctl.launch.model_reference import fetch, open_reference
+from epctl.launch.nodes import join_job, place_job, require_node_settings
 from epctl.launch.resume_run import checkpoint_to_resume, reopen_run_folder
 from epctl.launch.run_folder import choose_run_folder, create_run_folder
 from epctl.launch.supervise import run_job
@@ -66,6 +67,9 @@ def run_train(
         warn_of_check_settings(resolved, output)
     job = check_request(resolved, output)
     resume = job.config.run.resume
+    if job.config.launch.node_rank > 0 and not dry_run:
+        join_job(job.config, job.placement, output, "check" if check else "train")
+        return
     folder = Path(resume) if resume is not None else choose_run_folder(job.config.run.output)
     if dry_run:
         model_config = job.source.config if job.source is not None else None
@@ -93,12 +97,8 @@ def check_request(resolved: ResolvedConfig, output: Output) -> Job:
         num_experts = layout.moe.num_experts
         for warning in layout.warnings:
             output.note(f"{source.id}: {warning}")
-    placement = place_ranks(
-        device=config.parallel.device,
-        num_ranks=config.parallel.num_ranks,
-        ep=config.parallel.ep,
-        gpus=count_gpus(),
-    )
+    require_node_settings(config)
+    placement = place_job(config, count_gpus())
     validate_expert_parallel(config.parallel.ep, placement.num_ranks, num_experts)
     for patterns, split in (
         (config.data.train, config.data.split),
@@ -116,7 +116,7 @@ def launch(
 ) -> None:
     """Writes the run folder, starts the ranks and follows them to the end."""
     write_run_folder(job, folder, program)
-    command = launch_command(folder, job.placement, program)
+    command = launch_command(folder, job.placement, program, job.config.launch)
     output.note(f"starting {job.placement.num_ranks} ranks ({job.placement.reason})")
     view = RunView(output, folder, open_tracker(job.config.run.track, folder, job.config))
     try:
@@ -134,7 +134,8 @@ def write_run_folder(job: Job, folder: Path, program: str) -> None:
     (folder / "config.json").write_text(resolved.to_json(), encoding="utf-8")
     document = json.dumps(job.deepspeed(), indent=2) + "\n"
     (folder / "ds_config.json").write_text(document, encoding="utf-8")
-    command = shlex.join(launch_command(folder, job.placement, program))
-    (folder / "command.txt").write_text(command + "\n", encoding="utf-8")
     if job.source is not None:
         fetch(job.source, job.config.model).write(folder)
+    command = shlex.join(launch_command(folder, job.placement, program, job.config.launch))
+    # The last file: a node that joins waits for it.
+    (folder / "command.txt").write_text(command + "\n", encoding="utf-8")

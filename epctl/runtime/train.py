@@ -28,6 +28,7 @@ from epctl.runtime.events import EventLog
 from epctl.runtime.load import CheckpointWeights
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.report import plan_of
+from epctl.runtime.restart import first_checkpoint
 from epctl.runtime.resume import Checkpointer
 from epctl.runtime.run_settings import choose_device, num_steps, uses_bfloat16
 from epctl.runtime.train_loop import TrainLoop
@@ -43,7 +44,8 @@ def train(run_folder: Path) -> None:
     events = EventLog(run_folder, mesh.rank)
     events.write("start", epctl=__version__, torch=torch.__version__, ranks=mesh.num_ranks)
 
-    resume = Path(config.run.resume) if config.run.resume is not None else None
+    asked = Path(config.run.resume) if config.run.resume is not None else None
+    resume = first_checkpoint(run_folder, asked)
     model = open_training_model(config, run_folder, weights_from=resume)
     data = open_data(config, run_folder, mesh, model, events)
     steps = num_steps(config.train, mesh, data.num_train_rows)
