@@ -42,7 +42,8 @@ def sbatch_script(
         program: the Python that runs epctl on every node.
         arguments: what epctl is given there (`nodes.node_arguments`).
 
-    Raises ConfigError if the number of ranks is not stated: there is no GPU to count here.
+    Raises ConfigError if the number of ranks is not stated: there is no GPU to count here,
+    or the run folder's path has a space.
     """
     launch = config.launch
     if config.parallel.num_ranks is None:
@@ -54,6 +55,8 @@ def sbatch_script(
         raise ConfigError(
             f"{config.parallel.num_ranks} ranks cannot be shared out over {launch.num_nodes} nodes"
         )
+    if any(character.isspace() for character in str(run_folder)):
+        raise ConfigError(f"Slurm cannot log beside `{run_folder}`: the path has a space")
     directives = _directives(config, run_folder)
     command = shlex.join([program, "-m", "epctl", *arguments])
     return (
