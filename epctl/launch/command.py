@@ -79,7 +79,9 @@ def _deepspeed_command(run_folder: Path, placement: Placement, program: str) -> 
     ]
 
 
-def rank_environment(placement: Placement, inherited: Mapping[str, str]) -> dict[str, str]:
+def rank_environment(
+    placement: Placement, inherited: Mapping[str, str], launch: LaunchSection = ONE_NODE
+) -> dict[str, str]:
     """Returns the environment of the ranks.
 
     Threads are shared out and GPUs hidden from CPU ranks; on GPUs the allocator grows segments
@@ -90,9 +92,10 @@ def rank_environment(placement: Placement, inherited: Mapping[str, str]) -> dict
     environment.setdefault("OMP_NUM_THREADS", str(threads if placement.device == "cpu" else 8))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment["PYTHONUNBUFFERED"] = "1"
-    if placement.num_nodes > 1:
-        # With a shared store torchrun publishes node 0's address in the first round only, and a
-        # launcher that replaces a dead one waits for it in vain (dynamic_rendezvous.py).
+    if launch.num_nodes > 1 or launch.max_restarts:
+        # With a store shared between rounds torchrun publishes its address in the first one only
+        # (dynamic_rendezvous.py), so a launcher that replaces a dead one waits in vain; and ranks
+        # that are started again find gloo addresses of dead ones in it.
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if placement.device == "cpu":
         return environment | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

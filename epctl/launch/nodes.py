@@ -101,7 +101,7 @@ def join_job(config: RunConfig, placement: Placement, output: Output, program: s
     )
     run_job(
         launch_command(folder, placement, program, launch),
-        rank_environment(placement, os.environ),
+        rank_environment(placement, os.environ, launch),
         folder,
         lambda event: None,
         log_name=f"launcher-node-{launch.node_rank}.log",

@@ -120,7 +120,7 @@ def launch(
     output.note(f"starting {job.placement.num_ranks} ranks ({job.placement.reason})")
     view = RunView(output, folder, open_tracker(job.config.run.track, folder, job.config))
     try:
-        environment = rank_environment(job.placement, os.environ)
+        environment = rank_environment(job.placement, os.environ, job.config.launch)
         run_job(command, environment, folder, view, verbose_to=output if verbose else None)
     finally:
         view.close()

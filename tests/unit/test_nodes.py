@@ -91,8 +91,9 @@ def test_environment_of_gpu_ranks_is_clean() -> None:
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in environment
     kept = rank_environment(gpu, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
     assert kept["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
-    several = rank_environment(Placement("cuda", 16, "", 2), {})
-    assert several["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    for launch in (LaunchSection(num_nodes=2), LaunchSection(max_restarts=1)):
+        environment = rank_environment(gpu, {}, launch)
+        assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
 def test_nodes_get_the_chosen_settings_and_not_their_neighbours_own() -> None:
