@@ -14,6 +14,15 @@ from epctl.layout.experts import Groups, Tensors
 from epctl.layout.families import FamilyNames
 from epctl.layout.names import HOLE
 
+# The routing rule of a family nobody listed is what config.json states of it, never a default.
+GENERIC_RULE: Mapping[str, Mapping[str, list[str]]] = {
+    "score_func": {"config": ["scoring_func", "score_func", "moe_router_activation_func"]},
+    "normalize": {"config": ["norm_topk_prob", "moe_renormalize", "route_norm"]},
+    "scale": {"config": ["routed_scaling_factor", "router_scaling_factor", "route_scale"]},
+    "num_groups": {"config": ["n_group", "num_expert_group"]},
+    "top_groups": {"config": ["topk_group", "num_limited_groups"]},
+}
+
 _ROLES = {
     "gate": {"gate_proj", "w1", "gate", "wg", "linear_gate", "gate_linear"},
     "up": {"up_proj", "w3", "v1", "up", "wi", "linear_v", "up_linear"},

@@ -156,7 +156,7 @@ def _split_layers(evidence: Evidence, counts: Mapping[int, int]) -> tuple[list[i
 
 
 def _shared(evidence: Evidence, stack: ExpertStack, expert_width: int) -> SharedExperts | None:
-    known = namings(stack, evidence.family)
+    known = namings(stack, evidence.family, evidence.groups, evidence.tensors)
     for names in known:
         found = {
             key: name

@@ -325,5 +325,7 @@ class ModelLayout:
                 f"`{self.id}`: the expert layout is known, the routing rule of model_type "
                 f"`{self.model_type}` is not: {', '.join(missing)} "
                 f"{'is' if len(missing) == 1 else 'are'} missing",
-                hint="add a family file that states them: docs/adding-a-model.md",
+                hint="state `scoring_func`, `norm_topk_prob`, `routed_scaling_factor` and "
+                "`num_experts_per_tok` in the section of config.json that holds the decoder's "
+                "sizes, or add a family file: docs/adding-a-model.md",
             )

@@ -8,6 +8,7 @@ from typing import Any
 from epctl.layout.experts import ExpertStack, Groups, Tensors
 from epctl.layout.facts import ConfigFacts, ConfigValueError, finite
 from epctl.layout.families import Family, FamilyNames
+from epctl.layout.generic import GENERIC_RULE, generic_names
 from epctl.layout.model import RouterLayout
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -24,9 +25,16 @@ def present_name(
     )
 
 
-def namings(stack: ExpertStack, family: Family | None) -> list[FamilyNames]:
-    """Returns the matched naming, then the family's others."""
-    others = family.names if family else ()
+def namings(
+    stack: ExpertStack, family: Family | None, groups: Groups, tensors: Tensors
+) -> list[FamilyNames]:
+    """Returns the matched naming, then the family's others; without a family what names show.
+
+    A family nobody listed may name its experts as a known one does, and its router otherwise.
+    """
+    if family is None:
+        return [stack.names, *(found.names for found in generic_names(groups, tensors))]
+    others = family.names
     return [stack.names, *(names for names in others if names != stack.names)]
 
 
@@ -39,7 +47,7 @@ def build_router(
     reasons: Reasons,
 ) -> RouterLayout:
     """Returns the router of a stack; each fact's reason goes into `reasons`."""
-    names = _router_names(stack, family, groups)
+    names = _router_names(stack, family, groups, tensors)
     weight = names["weight"]
     example = groups[f"{stack.prefix}.{weight}"].names[0] if weight else None
     shape = tensors[example].shape if example else ()
@@ -48,7 +56,7 @@ def build_router(
     if names["correction_bias"]:
         bias = groups[f"{stack.prefix}.{names['correction_bias']}"].names[0]
         reasons["moe.router.correction_bias"] = f"tensor `{bias}`"
-    rule = family.router if family and family.router else {}
+    rule = (family.router or {}) if family else GENERIC_RULE
     grouped = _groups_count(rule.get("groups_when"), facts, reasons)
     values = {
         key: _resolve(key, spec, family, facts, reasons)
@@ -77,10 +85,10 @@ def build_router(
 
 
 def _router_names(
-    stack: ExpertStack, family: Family | None, groups: Groups
+    stack: ExpertStack, family: Family | None, groups: Groups, tensors: Tensors
 ) -> dict[str, str | None]:
     """Returns the names of the router's tensors, below the layer prefix, or None."""
-    known = namings(stack, family)
+    known = namings(stack, family, groups, tensors)
     alternatives = {
         "weight": [names.router for names in known],
         "linear_bias": [names.router_bias for names in known],
@@ -134,6 +142,9 @@ def _resolve(
     if reason is not None and (key != "score_func" or value in SCORE_FUNCTIONS):
         reasons[path] = reason
         return value
+    if family is None:
+        reasons[path] = f"config.json states none of {', '.join(spec['config'])}"
+        return None
     default = spec.get("default")
     odd = f"; {reason} names no score function" if reason is not None else ""
     reasons[path] = f"default of the {title} family{odd}"

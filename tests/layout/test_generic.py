@@ -35,15 +35,22 @@ REGULAR_CASES = [case for case in EXPERT_CASES if case[0] not in IRREGULAR]
 
 
 @pytest.mark.parametrize(("name", "naming"), REGULAR_CASES)
-def test_known_names_without_a_family_give_structure_but_no_routing(name, naming):
+def test_known_names_without_a_family_give_structure_and_the_routing_that_is_stated(name, naming):
     expected, layout = detect(source(name, naming)), detect(unlisted(name, naming))
     assert layout.family is None
     assert layout.moe.num_experts == expected.moe.num_experts
     assert layout.moe.expert_intermediate_size == expected.moe.expert_intermediate_size
     assert layout.moe.layers == expected.moe.layers
-    assert layout.moe.router.missing_keys == ("score_func", "normalize", "scale")
-    with pytest.raises(LayoutError):
-        layout.require_trainable()
+    assert layout.moe.router.weight is not None
+    router = layout.moe.router
+    for key in ("score_func", "normalize", "scale"):
+        value, reason = getattr(router, key), layout.reasons[f"moe.router.{key}"]
+        assert reason.startswith("config.json states none of" if value is None else "config ")
+        if value is not None:  # the family may say otherwise where a config leaves it out
+            assert value == getattr(expected.moe.router, key)
+    if router.missing_keys:
+        with pytest.raises(LayoutError):
+            layout.require_trainable()
 
 
 @pytest.mark.parametrize("case", [case for case in EXPERT_CASES if case not in UNREACHABLE])
@@ -58,10 +65,26 @@ def test_refusal_names_the_keys_and_the_section():
     layout = detect(unlisted("qwen3_moe", "hub"))
     with pytest.raises(LayoutError) as caught:
         layout.require_trainable()
-    for key in ("score_func", "normalize", "scale"):
+    # Qwen3's config states `norm_topk_prob`; the other two it leaves to its class.
+    for key, stated_as in (("score_func", "scoring_func"), ("scale", "routed_scaling_factor")):
         assert f"moe.router.{key}" in caught.value.message
+        assert f"`{stated_as}`" in caught.value.hint
+    assert "moe.router.normalize" not in caught.value.message
+    assert "section of config.json" in caught.value.hint
     assert "docs/adding-a-model.md" in caught.value.hint
     assert "nobody" in caught.value.message
+
+
+def test_what_the_refusal_asks_for_is_what_lets_the_layout_train():
+    """The hint works as typed: the keys go into config.json, and the rule is known."""
+    given = unlisted("qwen3_moe", "hub")
+    stated = {"scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+    section = {**given.config["text_config"], **stated}
+    layout = detect(replace(given, config={**given.config, "text_config": section}))
+    layout.require_trainable()
+    router = layout.moe.router
+    assert (router.score_func, router.normalize, router.scale) == ("sigmoid", True, 2.5)
+    assert layout.reasons["moe.router.scale"] == ("config text_config.routed_scaling_factor = 2.5")
 
 
 def test_names_nobody_used_are_read_by_shape():
