@@ -234,3 +234,15 @@ def test_probes_without_the_engine_say_what_they_need(
     hazards = doctor.choose_hazards(["default_clipping"])
     found = doctor.diagnose(hazards, plan(), sink[0])
     assert found[0].document()["verdict"] == "not probed here: needs the `train` extra"
+
+
+def test_ranks_of_different_software_refuse_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    from epctl.runtime import versions
+
+    monkeypatch.setattr(versions, "differing_versions", list)
+    versions.require_equal_versions()
+    monkeypatch.setattr(
+        versions, "differing_versions", lambda: ["torch is 2.13 on rank 0 and 2.14 on rank 8"]
+    )
+    with pytest.raises(ConfigError, match=r"torch is 2\.13 on rank 0 and 2\.14 on rank 8"):
+        versions.require_equal_versions()
