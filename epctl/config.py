@@ -357,7 +357,9 @@ def _parse_setting(text: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         return key.strip(), raw.strip()  # an unquoted string
     if len(document) > 1:
-        raise ConfigError(f"`--set {text}` holds more than one setting", hint="give each its `--set`")
+        raise ConfigError(
+            f"`--set {text!r}` holds more than one setting", hint="give each its own `--set`"
+        )
     return key.strip(), document["value"]
 
 

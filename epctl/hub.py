@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -51,7 +52,7 @@ def resolve(reference: str) -> ModelSource:
     try:
         path = Path(reference).expanduser()
         if reference and path.is_dir():
-            return read_folder(path, id=reference)
+            return read_local(path, id=reference)
         _refuse_files(path, reference)
     except (OSError, RuntimeError) as error:  # unreadable, too long a name, `~` of nobody
         reason = getattr(error, "strerror", None) or error
@@ -64,6 +65,17 @@ def resolve(reference: str) -> ModelSource:
     if problem:
         return _fall_back(model_id, revision, problem, hint="check the network or `HF_ENDPOINT`")
     return _from_hub(model_id, revision)
+
+
+def read_local(folder: Path, *, id: str) -> ModelSource:
+    """Returns the source in a Hugging Face folder, or in one of `epctl convert shard`."""
+    if (folder / "manifest.json").is_file():
+        from epctl.convert.source import shard_source
+
+        sharded = shard_source(folder)
+        if sharded is not None:
+            return replace(sharded, id=id)
+    return read_folder(folder, id=id)
 
 
 def _refuse_files(path: Path, reference: str) -> None:

@@ -8,6 +8,7 @@ Modes: `human` (tables, colour on a terminal), `json` (one document, or JSON Lin
 from __future__ import annotations
 
 import enum
+import io
 import json
 import os
 import sys
@@ -45,6 +46,12 @@ class Output:
         return self._stderr if self._stderr is not None else sys.stderr
 
     @property
+    def _ascii(self) -> bool:
+        """True when stdout cannot carry every character, so that JSON has to escape them."""
+        encoding = getattr(self.stdout, "encoding", None) or "utf-8"
+        return encoding.lower().replace("-", "") != "utf8"
+
+    @property
     def is_terminal(self) -> bool:
         """True when stderr is a terminal that can redraw lines."""
         return self.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -71,13 +78,13 @@ class Output:
     def document(self, value: Any) -> None:
         """Writes one JSON document to stdout in json mode."""
         if self.mode is Mode.JSON:
-            self.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            self.stdout.write(json.dumps(value, indent=2, ensure_ascii=self._ascii) + "\n")
             self.stdout.flush()
 
     def record(self, value: dict[str, Any]) -> None:
         """Writes one line of JSON Lines to stdout in json mode."""
         if self.mode is Mode.JSON:
-            self.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+            self.stdout.write(json.dumps(value, ensure_ascii=self._ascii) + "\n")
             self.stdout.flush()
 
     def panel(self, renderable: RenderableType) -> None:
@@ -107,6 +114,13 @@ class Output:
 
 
 out = Output()
+
+
+def prepare_streams() -> None:
+    """Makes stdout and stderr replace what their encoding lacks instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def set_mode(*, json_mode: bool = False, quiet: bool = False) -> None:

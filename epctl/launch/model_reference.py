@@ -83,8 +83,7 @@ def require_trainable(layout: ModelLayout) -> None:
 def dequantize_hint(model_id: str) -> str:
     """Returns the commands that make a trainable copy of a quantised checkpoint."""
     return (
-        f"make a bfloat16 copy first: `epctl convert shard {model_id} --ep 1 --dtype bf16 "
-        "-o SHARDS`, then `epctl convert merge SHARDS -o FOLDER`"
+        f"make a bfloat16 copy first: `epctl export {model_id} -o FOLDER --dtype bf16`"
     )
 
 

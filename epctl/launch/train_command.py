@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from epctl.config import ResolvedConfig, RunConfig
+from epctl.errors import ConfigError
 from epctl.launch.check_command import check_settings, conclude
 from epctl.launch.command import launch_command, rank_environment
 from epctl.launch.devices import Placement, count_gpus
@@ -28,6 +30,8 @@ from epctl.output import Output
 
 # The embedded default's expert count, known without building it: a wrong EP fails at once.
 DEFAULT_NUM_EXPERTS = 64
+# Of the `train` extra; without it the reading commands still work.
+TRAIN_PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,19 @@ def run_train(
         conclude(folder, output)
 
 
+def require_train_extra() -> None:
+    """Raises ConfigError if a package that ranks need is not installed (checked unimported)."""
+    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"training needs {', '.join(f'`{name}`' for name in missing)}, not installed here",
+            hint="`pip install 'epctl[train]'`",
+        )
+
+
 def check_request(resolved: ResolvedConfig, output: Output) -> Job:
     """Returns the job, everything decided that can be decided before a rank starts."""
+    require_train_extra()
     from epctl.runtime.data_files import find_records
     from epctl.runtime.mesh import validate_expert_parallel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Event = dict[str, Any]
+# Numbers that an event holds as null when there is none: a diverged loss, an unmeasured load.
+NULLABLE = ("loss", "grad_norm", "expert_load")
 
 
 class RunView:
@@ -36,6 +39,7 @@ class RunView:
         values = tracked_values(event)
         if self.tracker is not None and values:
             self.tracker.log(values, event["step"])
+        event = with_numbers(event)
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
             handler(event)
@@ -154,12 +158,19 @@ class RunView:
             self.output.text(f"model       {self.run_folder / 'model'} (loads in transformers)")
 
 
+def with_numbers(event: Event) -> Event:
+    """Returns the event with NaN where a number that may be missing is null."""
+    missing = {key: math.nan for key in NULLABLE if key in event and event[key] is None}
+    return {**event, **missing}
+
+
 def facts(event: Event) -> str:
     """Returns what a report says besides the step: loss, speed, memory, expert load."""
+    load = "-" if math.isnan(event["expert_load"]) else f"{event['expert_load']:.1f}x"
     return (
         f"loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s  "
         f"{event['seconds_per_step']:.2f} s/step  norm {event['grad_norm']:.2f}  "
-        f"{format_bytes(event['memory_bytes'])}  load {event['expert_load']:.1f}x"
+        f"{format_bytes(event['memory_bytes'])}  load {load}"
     )
 
 

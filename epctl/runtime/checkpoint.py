@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from epctl.errors import ResourceError
 from epctl.layout.source import read_shard_header
-from epctl.output import format_bytes
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.names import HubTensor, hub_tensors
@@ -232,19 +231,6 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def check_disk_space(folder: Path, num_bytes: int) -> None:
-    """Raises ResourceError if `folder`'s disk has less than `num_bytes` free, plus a twentieth."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    needed = num_bytes + num_bytes // 20
-    if free < needed:
-        raise ResourceError(
-            f"the final checkpoint needs {format_bytes(needed)}, "
-            f"`{existing}` has {format_bytes(free)} free",
-            hint="choose another disk with `--output`, or `--set run.save=false`",
-        )
 
 
 def checkpoint_bytes(model: nn.Module, mesh: Mesh) -> int:

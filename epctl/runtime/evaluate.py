@@ -17,7 +17,10 @@ from epctl.runtime.data_batch import Batch
 
 @torch.no_grad()
 def held_out_loss(engine: Any, batches: Iterable[Batch]) -> float:
-    """Returns the mean loss over all targets of every rank's batches, float64 sums."""
+    """Returns the mean loss over all targets of every rank's batches, float64 sums.
+
+    NaN if there is no target at all: zero would look like a perfect model.
+    """
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in batches:
@@ -27,7 +30,7 @@ def held_out_loss(engine: Any, batches: Iterable[Batch]) -> float:
         total[1] += batch.num_targets
     dist.all_reduce(total)
     engine.train()
-    return float(total[0] / total[1].clamp_min(1))
+    return float(total[0] / total[1])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,15 @@ class EventLog:
         """Writes and flushes, so that the launcher sees it at once."""
         if self._file is not None:
             record = {"event": event, "time": round(time.time(), 3), **fields}
-            self._file.write(json.dumps(record) + "\n")
+            finite = {key: _or_null(value) for key, value in record.items()}
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no NaN: a loss that is not a number, or a load nobody measured, becomes null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

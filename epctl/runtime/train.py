@@ -19,11 +19,12 @@ from epctl.config import ResolvedConfig, RunConfig
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.build import build_model, checkpoint_activations
-from epctl.runtime.checkpoint import check_disk_space, checkpoint_bytes, save_model
+from epctl.runtime.checkpoint import checkpoint_bytes, save_model
 from epctl.runtime.data import ByteData, standard_library_corpus
 from epctl.runtime.data_batch import TrainingData
 from epctl.runtime.data_prepare import load_data
-from epctl.runtime.engine import create_engine
+from epctl.runtime.disk_space import bytes_to_write, require_disk_space, sum_over_ranks
+from epctl.runtime.engine import count_state_bytes, create_engine
 from epctl.runtime.events import EventLog
 from epctl.runtime.load import CheckpointWeights
 from epctl.runtime.mesh import Mesh
@@ -51,9 +52,11 @@ def train(run_folder: Path) -> None:
     steps = num_steps(config.train, mesh, data.num_train_rows)
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
     module, ds_config = build(config, mesh, model, device, events)
-    if config.run.save:
-        check_disk_space(run_folder, checkpoint_bytes(module, mesh))
     engine, optimizer, scheduler = create_engine(module, config, ds_config)
+    state = count_state_bytes(engine, optimizer)
+    state_bytes = sum_over_ranks(state.masters + state.optimizer_state, device)
+    model_bytes = checkpoint_bytes(module, mesh)
+    require_disk_space(run_folder, bytes_to_write(config.run, model_bytes, state_bytes))
     checkpointer = Checkpointer(run_folder, config, mesh, engine, optimizer, scheduler, model)
     first_step = checkpointer.restore(resume) if resume is not None else 0
     events.write("plan", **plan_of(config, mesh, engine, optimizer, model), first_step=first_step)

@@ -13,9 +13,9 @@ from torch import nn
 
 from epctl.config import RunConfig
 from epctl.errors import InputError, LayoutError
+from epctl.hub import read_local
 from epctl.launch.model_reference import LocalModel, require_trainable
 from epctl.layout.detect import detect
-from epctl.layout.source import read_folder
 from epctl.runtime import default_model
 from epctl.runtime.build import meta_model
 from epctl.runtime.load import CheckpointWeights, leftover_tensors
@@ -79,7 +79,7 @@ def _embedded_model(seed: int) -> TrainingModel:
 def open_checkpoint(name: str, folder: Path | None, tokenizer: Any) -> TrainingModel:
     """Returns a DeepSeek-V3-layout checkpoint, its tensors accounted for one by one."""
     assert folder is not None
-    source = read_folder(folder, id=name)
+    source = read_local(folder, id=name)
     layout = detect(source)
     require_trainable(layout)
     config = _native_config(folder)

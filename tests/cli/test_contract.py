@@ -107,7 +107,11 @@ def test_more_ranks_than_gpus_is_a_resource_error(tmp_path: Path) -> None:
     program.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    for arguments in (["--ep=4"], ["--ep=1", "--num-ranks=3"]):
+    hints = {
+        ("--ep=4",): "hint: use `--ep 2`, or `--device cpu`",
+        ("--ep=1", "--num-ranks=3"): "hint: use `--ep 1 --num-ranks 2`, or `--device cpu`",
+    }
+    for arguments, hint in hints.items():
         result = subprocess.run(
             [sys.executable, "-m", "epctl", "train", *arguments],
             capture_output=True,
@@ -116,7 +120,7 @@ def test_more_ranks_than_gpus_is_a_resource_error(tmp_path: Path) -> None:
         )
         assert result.returncode == ExitCode.RESOURCE
         assert "this machine offers 2 (nvidia-smi lists 2)" in result.stderr
-        assert "hint: use `--ep 2`, or `--device cpu`" in result.stderr
+        assert hint in result.stderr
 
 
 def test_traceback_only_with_epctl_debug(tmp_path: Path) -> None:
@@ -178,6 +182,29 @@ def test_dry_run_shows_sources_and_touches_nothing(tmp_path: Path) -> None:
     assert document["deepspeed"]["zero_optimization"]["stage"] == 3
     assert "--nproc-per-node=4" in document["command"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
+
+
+def test_a_missing_train_extra_is_said_with_the_command_that_helps() -> None:
+    program = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+        "sys.argv = ['epctl', 'train', '--dry-run', '--device', 'cpu']\n"
+        "from epctl.cli import main\n"
+        "main()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == ExitCode.CONFIG
+    assert "error: training needs `torch`, not installed here" in result.stderr
+    assert "hint: `pip install 'epctl[train]'`" in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_utf8_gets_replacements_not_a_crash(encoding: str) -> None:
+    human = epctl("inspect", "moonshotai/Moonlight-16B-A3B", PYTHONIOENCODING=encoding)
+    assert human.returncode == 0, human.stderr
+    machine = epctl("inspect", "moonshotai/Moonlight-16B-A3B", "--json", PYTHONIOENCODING=encoding)
+    assert json.loads(machine.stdout)["moe"]["num_experts"] == 64
 
 
 def test_ignored_setting_is_warned_of(tmp_path: Path) -> None:

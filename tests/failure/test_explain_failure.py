@@ -10,7 +10,7 @@ import pytest
 
 from epctl.errors import ConfigError
 from epctl.launch.failure import explain_failure
-from epctl.runtime.worker import record_failure
+from epctl.runtime.worker import lost_its_peer, record_failure
 
 
 @pytest.fixture
@@ -81,3 +81,26 @@ def test_a_launcher_that_fails_before_any_rank_shows_its_log(run_folder: Path) -
     error: Any = explain_failure(run_folder)
     assert error.exit_code == 1
     assert error.message.endswith("ImportError: no torch")
+
+
+@pytest.mark.parametrize("kind", ["OutOfMemoryError", "MemoryError"])
+def test_memory_that_ran_out_is_a_resource_error_with_what_to_change(
+    run_folder: Path, kind: str
+) -> None:
+    error_class = MemoryError if kind == "MemoryError" else type(kind, (RuntimeError,), {})
+    record_failure(run_folder, 3, error_class("CUDA out of memory. Tried 2.00 GiB\nmore"))
+    error = explain_failure(run_folder)
+    assert error.exit_code == 6
+    assert error.message == "rank 3 ran out of memory: CUDA out of memory. Tried 2.00 GiB"
+    assert error.hint is not None
+    assert "train.micro_batch_size" in error.hint
+
+
+def test_only_collectives_can_lose_a_peer() -> None:
+    """A broken pipe of the data reader is a cause; the same words from gloo are a symptom."""
+    nccl = type("DistBackendError", (RuntimeError,), {})
+    assert lost_its_peer(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"))
+    assert lost_its_peer(nccl("NCCL error: remote process exited or there was a network error"))
+    assert not lost_its_peer(nccl("NCCL error: invalid argument"))
+    assert not lost_its_peer(BrokenPipeError("Broken pipe"))
+    assert not lost_its_peer(ValueError("parquet read error in row group 3"))

@@ -148,7 +148,7 @@ def test_disk_too_small_for_the_checkpoint_is_refused_before_training(tmp_path: 
         run = Run(disk / "run", "--ep=1", "--zero=1", *SMALL, "--steps=1")
         _, stderr = run.process.communicate(timeout=SECONDS_TO_STEP)
         assert run.process.returncode == 6
-        assert "error: the final checkpoint needs 16." in stderr
+        assert "error: what this run will save needs 16." in stderr
         assert "has 1." in stderr
         assert "hint: choose another disk with `--output`" in stderr
         assert run.events("step") == []

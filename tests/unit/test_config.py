@@ -61,7 +61,17 @@ def test_broken_toml_says_where(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["optim.lr=0", "optim.beta2=1", "train.steps=0", "optim.schedule=step", "optim.lr=x"]
+    "text",
+    [
+        "optim.lr=0",
+        "optim.beta2=1",
+        "train.steps=0",
+        "optim.schedule=step",
+        "optim.lr=x",
+        "optim.lr=inf",
+        "train.steps=2.0",
+        "optim.nesterov=off",
+    ],
 )
 def test_values_out_of_range_are_refused_with_value_and_source(text: str) -> None:
     key, _, value = text.partition("=")
@@ -80,3 +90,14 @@ def test_json_round_trip_keeps_values_and_sources() -> None:
 def test_no_setting_ever_escapes_as_an_untyped_error(key: str, value: str) -> None:
     with contextlib.suppress(ConfigError):
         resolve_config(settings=[f"{key}={value}"], flags={})
+
+
+def test_a_section_is_not_a_setting_and_one_option_holds_one_setting() -> None:
+    with pytest.raises(ConfigError, match="`optim` is a section, not a setting") as caught:
+        resolve_config(settings=["optim=3"], flags={})
+    assert caught.value.hint is not None
+    assert "optim.lr, optim.adamw_lr" in caught.value.hint
+    with pytest.raises(ConfigError, match="more than one setting"):
+        resolve_config(settings=["train.steps=1\noptim.lr=2"], flags={})
+    with pytest.raises(ConfigError, match=r"`parallel\.ep` = '4'"):
+        resolve_config(settings=['parallel.ep="4"'], flags={})

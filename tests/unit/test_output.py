@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from epctl.launch.view import facts, with_numbers
 from epctl.output import Mode, Output, format_bytes, format_count, format_seconds
+from epctl.runtime.events import EventLog
 
 SOURCES = Path(__file__).resolve().parents[2]
 
@@ -68,3 +71,19 @@ def test_units() -> None:
     ]
     assert [format_count(n) for n in (12, 67968, 15.96e9)] == ["12", "67.97 k", "15.96 B"]
     assert [format_seconds(s) for s in (0.84, 80, 7380)] == ["0.8 s", "1 min 20 s", "2 h 03 min"]
+
+
+def test_events_are_json_even_when_a_number_is_not_one(tmp_path: Path) -> None:
+    log = EventLog(tmp_path, rank=0)
+    log.write("step", loss=math.nan, grad_norm=math.inf, expert_load=1.5)
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    event = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert (event["loss"], event["grad_norm"], event["expert_load"]) == (None, None, 1.5)
+
+
+def test_a_report_without_a_load_shows_a_dash() -> None:
+    event = {"step": 1, "loss": None, "grad_norm": 1.0, "expert_load": None}
+    event |= {"tokens_per_second": 1.0, "seconds_per_step": 1.0, "memory_bytes": 0}
+    assert facts(with_numbers(event)).startswith("loss nan")
+    assert facts(with_numbers(event)).endswith("load -")
