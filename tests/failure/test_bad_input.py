@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -97,7 +98,7 @@ DAMAGES: dict[str, tuple[Damage, type[EpctlError], str, str]] = {
     "missing shard": (remove_shard, InputError, "model-00002-of-00002", "fetch"),
     "truncated shard": (truncate_shard, InputError, "model-00001-of-00002", "download"),
     "no config": (lambda f: (f / "config.json").unlink(), InputError, "no `config.json`", ""),
-    "fp8": (quantise, LayoutError, "stored quantised (fp8", "epctl convert shard"),
+    "fp8": (quantise, LayoutError, "stored quantised (fp8", "epctl export"),
     "other family": (
         lambda f: edit_config(f, model_type="deepseek_v32"),
         LayoutError,
@@ -181,7 +182,10 @@ def test_ep_size_that_does_not_divide_this_models_experts(tmp_path: Path, checkp
 
 
 def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("epctl.launch.track.importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "wandb" else find(name)
+    )
     error = attempt(tmp_path, None, run__track="wandb")
     assert isinstance(error, ConfigError)
     assert "pip install wandb" in (error.hint or "")
