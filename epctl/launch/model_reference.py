@@ -82,9 +82,7 @@ def require_trainable(layout: ModelLayout) -> None:
 
 def dequantize_hint(model_id: str) -> str:
     """Returns the commands that make a trainable copy of a quantised checkpoint."""
-    return (
-        f"make a bfloat16 copy first: `epctl export {model_id} -o FOLDER --dtype bf16`"
-    )
+    return f"make a bfloat16 copy first: `epctl export {model_id} -o FOLDER --dtype bf16`"
 
 
 def fetch(source: ModelSource, model: ModelSection) -> LocalModel:

@@ -59,9 +59,7 @@ def test_epochs_and_ranks_see_different_rows(ranks: list[dict[str, Any]]) -> Non
     assert not set(drawn[0]) & set(drawn[1])
 
 
-def test_state_is_safetensors_and_json_only(
-    ranks: list[dict[str, Any]], folder: Path
-) -> None:
+def test_state_is_safetensors_and_json_only(ranks: list[dict[str, Any]], folder: Path) -> None:
     """What `--resume` opens can run no code."""
     assert ranks
     files = [p for p in folder.glob("*/broken/checkpoints/step-*/state/*") if p.is_file()]
