@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS))
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 PYTEST_ARGS ?=
 
 .PHONY: train test lint types pytest install clean

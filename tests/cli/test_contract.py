@@ -214,24 +214,36 @@ def test_ignored_setting_is_warned_of(tmp_path: Path) -> None:
     assert "warning: `optim.momentum` is ignored: the optimizer is adamw" in result.stderr
 
 
-def test_every_example_in_help_parses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each example line runs through the parser with the command's body replaced."""
+def test_every_example_in_help_parses() -> None:
+    """Each example line of every command, also of sub-commands, runs through the parser."""
     import shlex
 
-    lines = [
-        line.strip()
-        for command in cli.app.registered_commands
-        for line in (command.epilog or "").splitlines()
-        if line.strip().startswith("epctl ")
-    ]
-    assert len(lines) >= 3
-    for line in lines:
-        parsed = parse_only(shlex.split(line)[1:], monkeypatch)
-        assert parsed, line
-
-
-def parse_only(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     group: Any = typer.main.get_command(cli.app)
-    command = group.commands[arguments[0]]
-    context = command.make_context(arguments[0], arguments[1:])
-    return bool(context.params)
+    lines = [line for command in all_commands(group) for line in example_lines(command)]
+    assert len(lines) >= 20
+    for line in lines:
+        command, arguments = group, shlex.split(line)[1:]
+        while hasattr(command, "commands"):
+            command, arguments = command.commands[arguments[0]], arguments[1:]
+        assert command.make_context(line, arguments).params, line
+
+
+def all_commands(command: Any) -> list[Any]:
+    children = getattr(command, "commands", {}).values()
+    return [command, *(found for child in children for found in all_commands(child))]
+
+
+def example_lines(command: Any) -> list[str]:
+    lines = (line.strip() for line in (command.epilog or "").splitlines())
+    return [line for line in lines if line.startswith("epctl ")]
+
+
+def test_every_command_that_reads_has_json() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    leaves = [command for command in all_commands(group) if not hasattr(command, "commands")]
+    without = [
+        command.name
+        for command in leaves
+        if not any("--json" in parameter.opts for parameter in command.params)
+    ]
+    assert without == []

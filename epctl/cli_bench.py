@@ -1,0 +1,103 @@
+"""`epctl bench ...`: correctness first, then numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from epctl.cli_app import JsonFlag, QuietFlag, app, examples
+from epctl.output import set_mode
+
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure, correctness first: a red gate prints no number.",
+)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command(
+    name="moe",
+    epilog=examples(
+        "epctl bench moe --shape moonlight --tokens 16384",
+        "epctl bench moe --shape qwen3-30b --tokens 4096 --tokens 32768 --json-file moe.json",
+        "epctl bench moe --shape 128,64,8,2 --tokens 64 --peer none --device cpu",
+    ),
+)
+def bench_moe(
+    shape: Annotated[
+        str, typer.Option(help="A model's name, or `hidden,intermediate,experts,top_k`.")
+    ] = "moonlight",
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a block; repeatable.")] = None,
+    routing: Annotated[
+        list[str] | None, typer.Option(help="natural, balanced or zipf; repeatable.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="What to measure beside; default: all, or none.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 15,
+    json_file: Annotated[Path | None, typer.Option(help="Also write the result there.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw the picture there.")] = None,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Measure one MoE block, its peers and the floor; every gradient is checked first."""
+    from epctl.bench.command import run_moe
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_moe(
+        shape=shape,
+        tokens=tokens or (16384,),
+        routings=routing or ("natural",),
+        peers=() if peer == ["none"] else peer,
+        device=device,
+        rounds=rounds,
+        json_path=json_file,
+        png_path=png,
+    )
+
+
+@bench_app.command(
+    name="convert",
+    epilog=examples(
+        "epctl bench convert --size-gb 1",
+        "epctl bench convert --size-gb 8 --rounds 3 --folder /data --json-file convert.json",
+    ),
+)
+def bench_convert(
+    size_gb: Annotated[
+        float, typer.Option("--size-gb", help="Size of the synthetic checkpoint, 10^9 bytes.")
+    ] = 1.0,
+    rounds: Annotated[int, typer.Option(help="Measured rounds, after the gate.")] = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write; default: the working folder.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json-file", help="Also write the result there.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw the rates there.")] = None,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Shard, merge and re-shard beside the disk's own copy rate, with peak memory."""
+    from epctl.bench.convert import run_convert
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_convert(size_gb=size_gb, rounds=rounds, folder=folder, json_path=json_file, png_path=png)
+
+
+@bench_app.command(name="compare", epilog=examples("epctl bench compare before.json after.json"))
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A result of `epctl bench`.")],
+    after: Annotated[Path, typer.Argument(help="A later one of the same benchmark.")],
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Compare two results, row by row."""
+    from epctl.bench.compare import run_compare
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_compare(before, after)
