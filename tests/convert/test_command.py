@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import read_tensors, read_tree, write_model
+from stored_models import read_tensors, read_tree, write_model
 
 
 def epctl(*arguments, timeout=120):
@@ -177,7 +177,7 @@ def test_export_takes_a_run_its_checkpoint_or_a_shard_folder(model, shards, tmp_
 
 
 def test_a_dense_model_is_not_sharded(tmp_path):
-    from checkpoints import write_shard
+    from stored_models import write_shard
 
     folder = tmp_path / "dense"
     folder.mkdir()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import WIDTH
+from stored_models import WIDTH
 
 from epctl.bench.synthetic import Shape, config_of, layer_tensors
 

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from checkpoints import model_tensors, read_tensors, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import export, merge, shard
+from stored_models import model_tensors, read_tensors, write_model
 
 from epctl.convert import quantization
 from epctl.errors import ConfigError, InputError, LayoutError
@@ -193,7 +193,7 @@ def test_float32_and_float16_become_bfloat16_but_selection_biases_do_not(tmp_pat
 def test_what_cannot_be_dequantised_is_refused(tmp_path):
     config, tensors = model_tensors("per_expert")
     name = "model.layers.0.self_attn.o_proj.weight_packed"
-    from checkpoints import write_shard
+    from stored_models import write_shard
 
     folder = tmp_path / "m"
     folder.mkdir()

@@ -5,10 +5,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from checkpoints import PLAIN, STORAGES, WIDTH, read_tensors, read_tree, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import merge, reshard, shard
+from stored_models import PLAIN, STORAGES, WIDTH, read_tensors, read_tree, write_model
 
 from epctl.convert.open import open_checkpoint
 from epctl.layout.source import read_shard_header

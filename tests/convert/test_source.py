@@ -1,8 +1,8 @@
 """Who reads a shard folder by slices sees the source's tensors, and opens its own files only."""
 
 import pytest
-from checkpoints import read_tensors, write_model
 from runs import shard
+from stored_models import read_tensors, write_model
 
 from epctl.convert.execute import Reader, block_chunks
 from epctl.convert.jobs import ShardOptions, plan_shard_folder

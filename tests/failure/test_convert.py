@@ -14,7 +14,7 @@ import pytest
 CONVERT_TESTS = Path(__file__).parents[1] / "convert"
 sys.path.insert(0, str(CONVERT_TESTS))
 
-from checkpoints import read_tree, write_model  # noqa: E402
+from stored_models import read_tree, write_model  # noqa: E402
 
 # Runs the real command line with a kill (or a pause) in place of one of the journal's states.
 CHILD = """
