@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from epctl.cli_app import JsonFlag, QuietFlag, app, examples
+from epctl.cli_options import (
+    CheckLayersOption,
+    CheckOption,
+    ConfigFileOption,
+    DataOption,
+    DeviceOption,
+    DryRunOption,
+    EpochsOption,
+    EvalDataOption,
+    ExpertParallelOption,
+    ExplainOption,
+    HostfileOption,
+    LauncherOption,
+    LearningRateOption,
+    MaxRestartsOption,
+    ModelArgument,
+    MoELayerOption,
+    NodeRankOption,
+    NumNodesOption,
+    NumRanksOption,
+    OptimOption,
+    ParametersOption,
+    PrintOnlyOption,
+    RendezvousOption,
+    ResumeOption,
+    RunFolderOption,
+    SeedOption,
+    SettingsOption,
+    StepsOption,
+    TokenizerOption,
+    TokensOption,
+    TrackOption,
+    TrustRemoteCodeOption,
+    VerboseOption,
+    ZeroStageOption,
+)
 from epctl.output import out, set_mode
 
 
@@ -24,84 +55,39 @@ from epctl.output import out, set_mode
     )
 )
 def train(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id (`org/name@revision`) or a folder; default: a small one."),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", help="Text, jsonl, parquet: file, folder, glob, hub dataset."),
-    ] = None,
-    eval_data: Annotated[
-        list[str] | None, typer.Option("--eval-data", help="Held out; default: a share of --data.")
-    ] = None,
-    ep: Annotated[int | None, typer.Option(help="Expert parallel size.")] = None,
-    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.")] = None,
-    optim: Annotated[str | None, typer.Option(help="Optimizer: muon or adamw.")] = None,
-    moe: Annotated[
-        str | None, typer.Option(help="MoE layer: epctl, or DeepSpeed's autoep to compare.")
-    ] = None,
-    parameters: Annotated[
-        str | None,
-        typer.Option("--train", help="all, experts, attention, router, or a regex of names."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Instead of steps: tokens.")] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Instead of steps: passes over the data.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
-    num_ranks: Annotated[
-        int | None, typer.Option(help="Ranks; default: one a GPU, or as many as `--ep` on CPU.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub id; default: the model's own.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the tokenizer's code, if pinned.")
-    ] = False,
-    track: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Run folder: go on from its newest checkpoint.")
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Prove the layout on two steps, do not train.")
-    ] = False,
-    check_layers: Annotated[
-        int | None, typer.Option(help="With --check: keep only the first layers.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Run folder; default runs/<date>-<time>.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings from a TOML file.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting, `section.key=value`.")
-    ] = None,
-    launcher: Annotated[
-        str | None, typer.Option(help="torchrun (default), deepspeed, or slurm.")
-    ] = None,
-    num_nodes: Annotated[int | None, typer.Option("--nnodes", help="Machines of the job.")] = None,
-    node_rank: Annotated[
-        int | None, typer.Option(help="Which machine this is; 0 writes the run folder.")
-    ] = None,
-    rendezvous: Annotated[
-        str | None, typer.Option("--rdzv", help="HOST:PORT of node 0, where the nodes meet.")
-    ] = None,
-    hostfile: Annotated[
-        Path | None, typer.Option(help="`HOST slots=N` lines: start every node by ssh.")
-    ] = None,
-    max_restarts: Annotated[
-        int | None, typer.Option(help="Start failed ranks again from the newest checkpoint.")
-    ] = None,
-    print_only: Annotated[
-        bool, typer.Option("--print", help="Print the sbatch script or ssh lines, start nothing.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show settings, DeepSpeed JSON and command only.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show rank 0's log.")] = False,
+    model: ModelArgument = None,
+    data: DataOption = None,
+    eval_data: EvalDataOption = None,
+    ep: ExpertParallelOption = None,
+    zero: ZeroStageOption = None,
+    optim: OptimOption = None,
+    moe: MoELayerOption = None,
+    parameters: ParametersOption = None,
+    steps: StepsOption = None,
+    tokens: TokensOption = None,
+    epochs: EpochsOption = None,
+    lr: LearningRateOption = None,
+    seed: SeedOption = None,
+    num_ranks: NumRanksOption = None,
+    device: DeviceOption = None,
+    tokenizer: TokenizerOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    track: TrackOption = None,
+    resume: ResumeOption = None,
+    check: CheckOption = False,
+    check_layers: CheckLayersOption = None,
+    output: RunFolderOption = None,
+    config: ConfigFileOption = None,
+    settings: SettingsOption = None,
+    launcher: LauncherOption = None,
+    num_nodes: NumNodesOption = None,
+    node_rank: NodeRankOption = None,
+    rendezvous: RendezvousOption = None,
+    hostfile: HostfileOption = None,
+    max_restarts: MaxRestartsOption = None,
+    print_only: PrintOnlyOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
     json_mode: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -158,22 +144,16 @@ def train(
     ),
 )
 def show_config(
-    model: Annotated[
-        str | None, typer.Argument(help="Hub id or folder; default: the embedded small model.")
-    ] = None,
-    ep: Annotated[int | None, typer.Option(help="Expert parallel size.")] = None,
-    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.")] = None,
-    optim: Annotated[str | None, typer.Option(help="Optimizer: muon or adamw.")] = None,
-    moe: Annotated[str | None, typer.Option(help="MoE layer: epctl or autoep.")] = None,
-    num_ranks: Annotated[int | None, typer.Option(help="Ranks.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings from a TOML file.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting, `section.key=value`.")
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show why each key has its value.")
-    ] = False,
+    model: ModelArgument = None,
+    ep: ExpertParallelOption = None,
+    zero: ZeroStageOption = None,
+    optim: OptimOption = None,
+    moe: MoELayerOption = None,
+    num_ranks: NumRanksOption = None,
+    device: DeviceOption = None,
+    config: ConfigFileOption = None,
+    settings: SettingsOption = None,
+    explain: ExplainOption = False,
     json_mode: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first hour with Moonlight: look, prove, train, talk to it.
+# The first hour with Moonlight: look, prove, shard, train, export, talk to it.
 #
 #   examples/moonlight/first_hour.sh                  8 GPUs, Moonlight-16B-A3B, your chats.jsonl
 #   MODEL=./tiny EP=2 examples/moonlight/first_hour.sh    any model of the same layout
@@ -33,9 +33,20 @@ $EPCTL train "${WHAT[@]}" "${EXTRA[@]}" --steps "$STEPS" --dry-run
 echo "== 3. Does this layout train as the whole model does? Exit 7 if not." >&2
 $EPCTL train "${WHAT[@]}" "${EXTRA[@]}" --check --check-layers "$CHECK_LAYERS" -o "$RUN-check"
 
-echo "== 4. Train, with checkpoints to resume from." >&2
+if [[ -d "$MODEL" ]]; then
+  echo "== 4. One folder a rank: each node reads, or is copied, its own experts only." >&2
+  $EPCTL convert shard "$MODEL" --ep "$EP" -o "$RUN-shards"
+  WHAT[0]="$RUN-shards"
+else
+  echo "== 4. Not sharded: MODEL is no folder; ranks will read their slices of the download." >&2
+fi
+
+echo "== 5. Train, with checkpoints to resume from." >&2
 $EPCTL train "${WHAT[@]}" "${EXTRA[@]}" --steps "$STEPS" -o "$RUN" \
   --set run.checkpoint_every=$((STEPS / 2))
 
-echo "== 5. Talk to it: the run's model folder is a plain Hugging Face model." >&2
-"$PYTHON" "$HERE/sample.py" "$RUN/model" "What is 2 plus 2?"
+echo "== 6. Export: one Hugging Face folder, in the dtype of your choice." >&2
+$EPCTL export "$RUN" -o "$RUN-exported" --dtype bf16
+
+echo "== 7. Talk to it: the exported folder is a plain Hugging Face model." >&2
+"$PYTHON" "$HERE/sample.py" "$RUN-exported" "What is 2 plus 2?"

@@ -38,7 +38,9 @@ def test_the_script_goes_through(tmp_path: Path) -> None:
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [f"== {n}." in done.stderr for n in range(1, 6)] == [True] * 5
+    assert [f"== {n}." in done.stderr for n in range(1, 8)] == [True] * 7
     assert json.loads((tmp_path / "run-check" / "check.json").read_text())["ok"]
     assert (tmp_path / "run" / "model" / "config.json").is_file()
+    assert (tmp_path / "run-shards" / "rank-00001").is_dir()
+    assert (tmp_path / "run-exported" / "config.json").is_file()
     assert "router choices, share of tokens" in done.stdout
