@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import io
 import shutil
+import signal
 import subprocess
 
 import pytest
 
 from epctl.output import Mode, Output
+
+
+def pytest_configure() -> None:
+    """A shell that starts tests with `&` has them ignore Ctrl-C, and all that they start too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
