@@ -13,9 +13,10 @@ from epctl.output import Mode, Output
 
 
 def pytest_configure() -> None:
-    """A shell that starts tests with `&` has them ignore Ctrl-C, and all that they start too."""
+    """`&` and `nohup` make the tests, and all that they start, ignore signals they are about."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
