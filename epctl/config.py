@@ -158,6 +158,10 @@ class TrainSection(Section):
     sample_tokens: int = Field(64, ge=0, description="tokens sampled before and after; 0 is off")
     seed: int = Field(0, ge=0, description="weights, data order and sampling")
 
+    def uses_bfloat16(self, device: str) -> bool:
+        """True when weights and activations are bfloat16; `auto` means so on GPUs ("cuda")."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and device == "cuda")
+
 
 class RunSection(Section):
     output: str | None = Field(None, description="run folder; default: runs/<date>-<time>")

@@ -133,6 +133,7 @@ def load_window(tensor: Tensor, rows: int, columns: int, use_tma: bool) -> Any:
 
 
 def launch_options(tile: Tile, use_tma: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the compile-time constants and launch settings that every tiled kernel takes."""
     return {
         "USE_TMA": use_tma,
         "TMA_STORE": use_tma and tile.tma_store,

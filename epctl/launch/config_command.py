@@ -61,8 +61,7 @@ def plan_placement(resolved: ResolvedConfig) -> Placement:
 
 def deepspeed_json(resolved: ResolvedConfig, placement: Placement) -> dict[str, Any]:
     """Returns the DeepSpeed JSON of these settings on these devices."""
-    precision = resolved.config.train.precision
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and placement.device == "cuda")
+    bfloat16 = resolved.config.train.uses_bfloat16(placement.device)
     return deepspeed_config(resolved.config, bfloat16=bfloat16, on_cpu=placement.device == "cpu")
 
 

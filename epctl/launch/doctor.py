@@ -31,6 +31,7 @@ class Diagnosis:
     endangers_plan: bool
 
     def document(self) -> dict[str, Any]:
+        """Returns the entry of `hazards` in `epctl doctor --json`."""
         detail = self.result.seen
         verdict = self.result.verdict
         return {
@@ -94,13 +95,11 @@ def machine_report(placement: Placement) -> dict[str, Any]:
 
 def plan_facts(resolved: ResolvedConfig, placement: Placement) -> dict[str, Any]:
     """Returns what hazards are judged by: settings, where and in what precision it would run."""
-    precision = resolved.config.train.precision
-    if precision == "auto":
-        precision = "bfloat16" if placement.device == "cuda" else "float32"
+    bfloat16 = resolved.config.train.uses_bfloat16(placement.device)
     arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     return flat_values(resolved.config) | {
         "plan.device": placement.device,
-        "plan.precision": precision,
+        "plan.precision": "bfloat16" if bfloat16 else "float32",
         "environment.stale_build_lock": bool(doctor_facts.build_locks(os.environ)),
         "environment.arch_list_suffix": re.search(r"\d[a-z]", arch_list) is not None,
     }

@@ -49,8 +49,7 @@ class Job:
 
     @property
     def bfloat16(self) -> bool:
-        precision = self.config.train.precision
-        return precision == "bfloat16" or (precision == "auto" and self.placement.device == "cuda")
+        return self.config.train.uses_bfloat16(self.placement.device)
 
     def deepspeed(self) -> dict[str, Any]:
         on_cpu = self.placement.device == "cpu"

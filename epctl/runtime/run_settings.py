@@ -28,12 +28,6 @@ def choose_device(config: RunConfig) -> torch.device:
     return device
 
 
-def uses_bfloat16(config: RunConfig, device_type: str) -> bool:
-    """True when weights and activations are bfloat16; `auto` means so on GPUs."""
-    precision = config.train.precision
-    return precision == "bfloat16" or (precision == "auto" and device_type == "cuda")
-
-
 def rows_per_step(train: TrainSection, num_ranks: int) -> int:
     """Returns the sequences of one optimizer step over all ranks."""
     return train.micro_batch_size * train.gradient_accumulation_steps * num_ranks

@@ -31,7 +31,7 @@ from epctl.runtime.mesh import Mesh
 from epctl.runtime.report import plan_of
 from epctl.runtime.restart import first_checkpoint
 from epctl.runtime.resume import Checkpointer
-from epctl.runtime.run_settings import choose_device, num_steps, uses_bfloat16
+from epctl.runtime.run_settings import choose_device, num_steps
 from epctl.runtime.train_loop import TrainLoop
 from epctl.runtime.training_model import TrainingModel, check_bytes, open_training_model
 from epctl.runtime.versions import require_equal_versions
@@ -113,7 +113,7 @@ def build(
     config: RunConfig, mesh: Mesh, model: TrainingModel, device: torch.device, events: EventLog
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Returns (the module with this rank's share of the weights, the DeepSpeed config)."""
-    bfloat16 = uses_bfloat16(config, device.type)
+    bfloat16 = config.train.uses_bfloat16(device.type)
     ds_config = deepspeed_config(config, bfloat16=bfloat16, on_cpu=device.type == "cpu")
     swap = config.moe.implementation == "epctl"
     started = time.perf_counter()
