@@ -16,6 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from epctl.runtime.leave import leave
+
 COLLECTIVE_SECONDS = 20
 
 
@@ -75,3 +77,4 @@ def write_finding(folder: Path, line: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from epctl.errors import EpctlError, ResourceError, exit_code_of
 from epctl.launch.agent import end_with_parent
+from epctl.runtime.leave import leave
 
 # What gloo and NCCL say on ranks whose peer has gone: a symptom of another rank's failure.
 GLOO_PEER_LOSS = ("connection closed by peer", "connection reset", "broken pipe", "read error")
@@ -106,4 +107,4 @@ def _log_to_file(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    leave(main(Path(sys.argv[1]), sys.argv[2]))

@@ -25,6 +25,7 @@ from epctl.config import RunConfig
 from epctl.runtime import check, engine, moe
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.events import EventLog
+from epctl.runtime.leave import leave
 from epctl.runtime.mesh import Mesh
 
 
@@ -118,3 +119,4 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave(0)

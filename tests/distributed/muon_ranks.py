@@ -27,6 +27,7 @@ from epctl.runtime import muon_exchange
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
 from epctl.runtime.engine import create_engine, train_step
+from epctl.runtime.leave import leave
 from epctl.runtime.moe import Router
 from epctl.runtime.muon_rule import MuonRule
 from epctl.runtime.optimizer import MatrixOptimizer
@@ -288,3 +289,4 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave(0)

@@ -23,6 +23,7 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
 from epctl.runtime.engine import create_engine, train_step
+from epctl.runtime.leave import leave
 from epctl.runtime.weights import RandomWeights
 
 NUM_STEPS = 4
@@ -131,3 +132,4 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave(0)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from epctl.launch.probe import load_probes
 from epctl.launch.probe_ranks import run_probe, write_finding
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.leave import leave
 
 PATCHES: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
 
@@ -455,3 +456,4 @@ def main(folder: Path, hazard_ids: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)

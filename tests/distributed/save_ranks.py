@@ -14,6 +14,7 @@ from seams_ranks import make
 
 from epctl.runtime import checkpoint
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.leave import leave
 
 
 def outcome(folder: Path, save: Callable[[Path], object]) -> dict[str, Any]:
@@ -84,3 +85,4 @@ if __name__ == "__main__":
 
     os.environ.setdefault("RANK", "0")
     main(Path(sys.argv[1]))
+    leave(0)

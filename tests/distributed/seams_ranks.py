@@ -24,6 +24,7 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
 from epctl.runtime.engine import create_engine, train_step
+from epctl.runtime.leave import leave
 from epctl.runtime.moe import ExpertParallelMoE
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.weights import RandomWeights
@@ -207,3 +208,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     tempfile.tempdir = sys.argv[1]
     main(Path(sys.argv[1]))
+    leave(0)

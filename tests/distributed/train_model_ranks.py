@@ -24,6 +24,7 @@ from epctl.runtime.data_batch import PackedData
 from epctl.runtime.data_packing import PackedRows, stream_spans
 from epctl.runtime.engine import create_engine, train_step
 from epctl.runtime.events import EventLog
+from epctl.runtime.leave import leave
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.resume import Checkpointer
 from epctl.runtime.train import build
@@ -291,3 +292,4 @@ def main(folder: Path, program: str, cases: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    leave(0)
