@@ -17,6 +17,11 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 
+JsonFileOption = Annotated[
+    Path | None, typer.Option("--json-file", help="Also write the result there.")
+]
+PngOption = Annotated[Path | None, typer.Option("--png", help="Also draw the picture there.")]
+
 
 @bench_app.command(
     name="moe",
@@ -39,16 +44,17 @@ def bench_moe(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 15,
-    json_file: Annotated[Path | None, typer.Option(help="Also write the result there.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Also draw the picture there.")] = None,
+    json_file: JsonFileOption = None,
+    png: PngOption = None,
     json_mode: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Measure one MoE block, its peers and the floor; every gradient is checked first."""
-    from epctl.bench.command import run_moe
+    from epctl.bench.command import run_case
 
     set_mode(json_mode=json_mode, quiet=quiet)
-    run_moe(
+    run_case(
+        "moe",
         shape=shape,
         tokens=tokens or (16384,),
         routings=routing or ("natural",),
@@ -75,18 +81,32 @@ def bench_convert(
     folder: Annotated[
         Path | None, typer.Option(help="Where to write; default: the working folder.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json-file", help="Also write the result there.")
-    ] = None,
-    png: Annotated[Path | None, typer.Option(help="Also draw the rates there.")] = None,
+    json_file: JsonFileOption = None,
+    png: PngOption = None,
     json_mode: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Shard, merge and re-shard beside the disk's own copy rate, with peak memory."""
-    from epctl.bench.convert import run_convert
+    from epctl.bench.command import run_case
 
     set_mode(json_mode=json_mode, quiet=quiet)
-    run_convert(size_gb=size_gb, rounds=rounds, folder=folder, json_path=json_file, png_path=png)
+    run_case(
+        "convert",
+        size_gb=size_gb,
+        rounds=rounds,
+        folder=folder,
+        json_path=json_file,
+        png_path=png,
+    )
+
+
+@bench_app.command(name="list", epilog=examples("epctl bench list"))
+def bench_list(json_mode: JsonFlag = False, quiet: QuietFlag = False) -> None:
+    """List the benchmarks."""
+    from epctl.bench.command import list_cases
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    list_cases()
 
 
 @bench_app.command(name="compare", epilog=examples("epctl bench compare before.json after.json"))

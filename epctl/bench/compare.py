@@ -146,7 +146,7 @@ def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
         f"other {key}: {before[key]} and {after[key]}"
         for key in before
         if key in after
-        and key not in ("rows", "machine", "absent")
+        and key not in ("rows", "machine", "absent", "epctl")
         and not isinstance(before[key], float)
         and before[key] != after[key]
     ]

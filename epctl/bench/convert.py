@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epctl.bench import host
+from epctl.bench.machine import drop_caches, machine_facts
+from epctl.bench.measure import peak_resident_bytes, reset_peak_resident, sample_interleaved, spread
+from epctl.bench.registry import Result
 from epctl.bench.synthetic import Shape, shape_for, write_checkpoint
 from epctl.convert.command import write
 from epctl.convert.jobs import ShardOptions, plan_folder, plan_reshard, plan_shard_folder
@@ -29,6 +30,7 @@ from epctl.errors import ConfigError, GateError, ResourceError
 from epctl.output import Mode, format_bytes, out
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 COPY_CHUNK = 4 * 2**20
@@ -39,15 +41,8 @@ OPERATIONS = ("copy", "copy-parallel", "shard", "merge", "reshard")
 Step = Callable[[], Any]
 
 
-def run_convert(
-    *,
-    size_gb: float = 1.0,
-    rounds: int = 3,
-    folder: Path | None = None,
-    json_path: Path | None = None,
-    png_path: Path | None = None,
-) -> dict[str, Any]:
-    """Measures, shows the result and returns it as a JSON-ready dict.
+def measure(*, size_gb: float = 1.0, rounds: int = 3, folder: Path | None = None) -> Result:
+    """Writes a synthetic checkpoint, gates the conversions and measures them.
 
     Args:
         size_gb: size of the synthetic checkpoint, in 10^9 bytes.
@@ -57,21 +52,12 @@ def run_convert(
     Raises:
         ConfigError: a size or a count that cannot be measured.
         ResourceError: the disk is too small.
-        GateError: a conversion is wrong; no number is shown then.
+        GateError: a conversion is wrong.
     """
     if size_gb <= 0 or rounds < 1:
         raise ConfigError(f"`--size-gb {size_gb:g}` and `--rounds {rounds}` must be positive")
     with _work_folder(folder or Path.cwd(), size_gb) as work:
-        result = _measure(work, shape_for(int(size_gb * 1e9)), rounds)
-    out.data(convert_table(result))
-    out.document(result)
-    if json_path is not None:
-        from epctl.bench.report import write_json
-
-        write_json(result, json_path)
-    if png_path is not None:
-        write_convert_png(result, png_path)
-    return result
+        return _measure(work, shape_for(int(size_gb * 1e9)), rounds)
 
 
 @contextmanager
@@ -91,30 +77,36 @@ def _work_folder(parent: Path, size_gb: float) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _measure(work: Path, shape: Shape, rounds: int) -> dict[str, Any]:
+def _measure(work: Path, shape: Shape, rounds: int) -> Result:
     model = work / "model"
     out.note(f"writing a synthetic checkpoint: {shape.num_layers} layers of 64 experts")
     num_bytes = write_checkpoint(model, shape)
     steps = _steps(work, model)
-    facts = host.host_facts(work)
+    facts = machine_facts(folder=work)
     out.note("gate: shard, merge, compare bit by bit, re-shard")
-    _gate(work, model, steps)
-    samples: dict[str, list[float]] = {name: [] for name in OPERATIONS}
+    gate = _gate(work, model, steps)
     peaks: dict[str, int] = {}
     caches = ""
-    for number in range(rounds):
-        for name in OPERATIONS:
-            caches = _prepare(work, name)
-            host.reset_peak_resident()
-            with _silence():
-                start = time.perf_counter()
-                steps[name]()
-                samples[name].append(time.perf_counter() - start)
-            peaks[name] = max(peaks.get(name, 0), host.peak_resident_bytes())
-            rate = num_bytes / samples[name][-1] / 1e9
-            out.note(f"round {number + 1} of {rounds}: {name} {rate:.2f} GB/s")
+
+    def before(name: str) -> None:
+        nonlocal caches
+        caches = _prepare(work, name)
+        reset_peak_resident()
+
+    def after(name: str, number: int, seconds: float) -> None:
+        peaks[name] = max(peaks.get(name, 0), peak_resident_bytes())
+        rate = num_bytes / seconds / 1e9
+        out.note(f"round {number + 1} of {rounds}: {name} {rate:.2f} GB/s")
+
+    samples = sample_interleaved(
+        {name: _silent(steps[name]) for name in OPERATIONS},
+        rounds=rounds,
+        # What was written is in the way of a second call.
+        lead_in=False,
+        before=before,
+        after=after,
+    )
     return {
-        "benchmark": "convert",
         "machine": facts | {"load_average_after": list(os.getloadavg())},
         "shape": shape._asdict(),
         "num_bytes": num_bytes,
@@ -122,26 +114,31 @@ def _measure(work: Path, shape: Shape, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "ep": {"shard": SHARD_EP, "reshard": RESHARD_EP},
         "memory_bound_bytes": shape.fusion_unit_bytes + MEMORY_ALLOWANCE,
-        "rows": [_row(name, samples, peaks, num_bytes) for name in OPERATIONS],
+        "rows": [
+            _row(name, samples, num_bytes)
+            | {"peak_resident_mib": peaks[name] / 2**20, "gate": gate}
+            for name in OPERATIONS
+        ],
     }
 
 
-def _row(
-    name: str, samples: dict[str, list[float]], peaks: dict[str, int], num_bytes: int
-) -> dict[str, Any]:
-    # Each round's own ratio: the disk's rate drifts more between rounds than within one.
-    ratios = {
-        copy: [theirs / mine for theirs, mine in zip(samples[copy], samples[name], strict=True)]
-        for copy in ("copy", "copy-parallel")
-    }
+def _row(name: str, samples: dict[str, list[float]], num_bytes: int) -> dict[str, Any]:
+    def ratios(copy: str) -> dict[str, float]:
+        # Each round's own ratio: the disk's rate drifts more between rounds than within one.
+        pairs = zip(samples[copy], samples[name], strict=True)
+        return _spread([theirs / mine for theirs, mine in pairs])
+
     return {
         "operation": name,
-        "seconds": host.spread(samples[name]),
-        "gb_per_s": host.spread([num_bytes / second / 1e9 for second in samples[name]]),
-        "of_copy": host.spread(ratios["copy"]),
-        "of_copy_parallel": host.spread(ratios["copy-parallel"]),
-        "peak_resident_mib": peaks[name] / 2**20,
+        "seconds": _spread(samples[name]),
+        "gb_per_s": _spread([num_bytes / second / 1e9 for second in samples[name]]),
+        "of_copy": ratios("copy"),
+        "of_copy_parallel": ratios("copy-parallel"),
     }
+
+
+def _spread(samples: Sequence[float]) -> dict[str, float]:
+    return spread(samples)._asdict()
 
 
 def _steps(work: Path, model: Path) -> dict[str, Step]:
@@ -202,11 +199,14 @@ def _prepare(work: Path, name: str) -> str:
     for other in OPERATIONS:
         if other == name or other != "shard":
             shutil.rmtree(work / other, ignore_errors=True)
-    return host.drop_caches(work)
+    return drop_caches(work)
 
 
-def _gate(work: Path, model: Path, steps: dict[str, Step]) -> None:
-    """Raises GateError unless the conversions are right; warms up what they import."""
+def _gate(work: Path, model: Path, steps: dict[str, Step]) -> dict[str, float]:
+    """Raises GateError unless the conversions are right; warms up what they import.
+
+    Returns what was found wrong, which is nothing: the tensors that differ, the digests too many.
+    """
     with _silence():
         digests = {}
         for name in ("shard", "merge", "reshard"):
@@ -219,6 +219,15 @@ def _gate(work: Path, model: Path, steps: dict[str, Step]) -> None:
                     raise GateError(f"merged is not the source: {verdict.differences[0].text}")
     if len(set(digests.values())) != 1:
         raise GateError(f"digests of the whole disagree: {digests}")
+    return {"differing_tensors": 0, "further_digests": 0}
+
+
+def _silent(step: Step) -> Step:
+    def run() -> Any:
+        with _silence():
+            return step()
+
+    return run
 
 
 @contextmanager
@@ -232,13 +241,13 @@ def _silence() -> Iterator[None]:
         out.mode = mode
 
 
-def convert_table(result: dict[str, Any]) -> Table:
+def table(result: Result) -> Table:
     """Returns the rows for a terminal: medians, with the lowest and highest round."""
     from rich.table import Table
 
     machine = result["machine"]
     load = machine["load_average"][0]
-    table = Table(
+    rows = Table(
         title=f"convert, {result['num_bytes'] / 1e9:.2f} GB, {machine['num_cpus']} CPUs at load "
         f"{load:g}, caches {result['caches']}",
         title_justify="left",
@@ -248,26 +257,21 @@ def convert_table(result: dict[str, Any]) -> Table:
     )
     titles = ("GB/s", "lowest", "highest", "of copy", "of parallel copy", "peak resident")
     for title in ("operation", *titles):
-        table.add_column(title, justify="left" if title == "operation" else "right")
+        rows.add_column(title, justify="left" if title == "operation" else "right")
     for row in result["rows"]:
         rate = row["gb_per_s"]
-        table.add_row(
+        rows.add_row(
             row["operation"],
             *(f"{rate[key]:.3f}" for key in ("median", "low", "high")),
             f"{row['of_copy']['median']:.2f}",
             f"{row['of_copy_parallel']['median']:.2f}",
             f"{row['peak_resident_mib']:.0f} MiB",
         )
-    return table
+    return rows
 
 
-def write_convert_png(result: dict[str, Any], path: Path) -> None:
+def draw(result: Result, figure: Figure) -> None:
     """Draws GB/s of each operation, with the range over rounds."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     names = [row["operation"] for row in result["rows"]]
     rates = [row["gb_per_s"] for row in result["rows"]]
     medians = [rate["median"] for rate in rates]
@@ -275,11 +279,9 @@ def write_convert_png(result: dict[str, Any], path: Path) -> None:
         [rate["median"] - rate["low"] for rate in rates],
         [rate["high"] - rate["median"] for rate in rates],
     ]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure.set_size_inches(7, 4)
+    axes = figure.subplots()
     axes.bar(names, medians, yerr=errors, capsize=4)
     axes.axhline(0.8 * medians[0], linestyle="--", color="grey", label="0.8 of the copy")
     axes.set(ylabel="GB/s", title=f"{result['num_bytes'] / 1e9:.2f} GB, Moonlight layout")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

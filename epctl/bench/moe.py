@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from epctl.bench.registry import MoEShape, Routing
-from epctl.bench.runner import peak_memory, time_interleaved
+from epctl.bench.device import clock_of, peak_memory
+from epctl.bench.measure import sample_interleaved, spread
+from epctl.bench.moe_shapes import MoEShape, Routing
 from epctl.kernels import moe_mlp, reference, route, router_logits
 
 SCALE = 2.446
@@ -198,20 +199,15 @@ def measure(
 
         return run
 
-    forward = {item.name: item.forward for item in implementations}
-    forward_times = time_interleaved(dict(forward), device, warm_up=warm_up, rounds=rounds)
-    both_times = time_interleaved(
-        {item.name: both(item) for item in implementations},
-        device,
-        warm_up=warm_up,
-        rounds=rounds,
-    )
+    repeats: dict[str, Any] = {"warm_up": warm_up, "rounds": rounds, "clock": clock_of(device)}
+    forward = sample_interleaved({item.name: item.forward for item in implementations}, **repeats)
+    complete = sample_interleaved({item.name: both(item) for item in implementations}, **repeats)
     rows: dict[str, dict[str, Any]] = {}
     for item in implementations:
         item.reset()
         rows[item.name] = {
-            "forward_ms": forward_times[item.name]._asdict(),
-            "both_ms": both_times[item.name]._asdict(),
+            "forward_ms": _milliseconds(forward[item.name]),
+            "both_ms": _milliseconds(complete[item.name]),
         }
     if device.type == "cuda":
         for item in implementations:
@@ -223,6 +219,10 @@ def measure(
             item.reset()
             rows[item.name] |= {"saved_mib": saved, "peak_mib": peak}
     return rows
+
+
+def _milliseconds(seconds: list[float]) -> dict[str, float]:
+    return spread([1e3 * value for value in seconds])._asdict()
 
 
 def load_imbalance(problem: Problem) -> float:

@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from epctl.bench import compare, convert, host, synthetic
+from epctl.bench import compare, convert, measure, synthetic
+from epctl.bench.command import run_case
+from epctl.bench.registry import CASES
 from epctl.convert.open import open_checkpoint
 from epctl.errors import GateError, InputError, ResourceError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,17 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path):
         compare.compare_results(one, one)
 
 
+def test_results_of_every_case_can_be_compared(result):
+    """The stored H100 document was written before convert was a case of the same harness."""
+    moe = compare.read_result(ROOT / "benchmarks/moe_h100_202611_moonlight.json")
+    changes = compare.compare_results(moe, moe)
+    assert {"forward_ms", "both_ms", "peak_mib"} <= {change.metric for change in changes}
+    assert {change.ratio for change in changes} == {1}
+    _, files, _ = result
+    with pytest.raises(InputError, match="different benchmarks: `moe` and `convert`"):
+        compare.compare_results(moe, compare.read_result(files[0]))
+
+
 def test_another_machine_is_named():
     one, other = {"machine": {"device": "A"}}, {"machine": {"device": "B"}}
     assert compare.machine_differences(one, other) == ["other device: A and B"]
@@ -90,14 +106,14 @@ def test_a_wrong_conversion_prints_no_number(tmp_path, monkeypatch, capsys):
     write = convert.write
     monkeypatch.setattr(convert, "write", damaged)
     with pytest.raises(GateError, match="digests of the whole disagree"):
-        convert.run_convert(size_gb=0.02, rounds=1, folder=tmp_path)
+        run_case("convert", size_gb=0.02, rounds=1, folder=tmp_path)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_too_small_is_refused_first(tmp_path):
     with pytest.raises(ResourceError, match="measuring a checkpoint of 1e"):
-        convert.run_convert(size_gb=1e6, folder=tmp_path)
+        run_case("convert", size_gb=1e6, folder=tmp_path)
 
 
 def test_the_synthetic_checkpoint_is_moonlights_layout(tmp_path):
@@ -112,11 +128,56 @@ def test_the_synthetic_checkpoint_is_moonlights_layout(tmp_path):
 
 
 def test_peak_memory_is_reset_between_measurements():
-    if not host.reset_peak_resident():
+    if not measure.reset_peak_resident():
         pytest.skip("/proc/self/clear_refs cannot be written here")
     ballast = bytearray(64 * 2**20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    high = host.peak_resident_bytes()
+    high = measure.peak_resident_bytes()
     del ballast
-    assert host.reset_peak_resident()
-    assert host.peak_resident_bytes() < high - 32 * 2**20
+    assert measure.reset_peak_resident()
+    assert measure.peak_resident_bytes() < high - 32 * 2**20
+
+
+def test_a_spread_is_the_middle_four_fifths_and_the_whole_range_of_few():
+    assert measure.spread([3, 1, 2]) == (2, 1, 3)
+    assert measure.spread(list(range(11))) == (5, 1, 9)
+
+
+def test_rounds_are_interleaved_and_every_call_is_where_it_should_be():
+    calls = []
+    samples = measure.sample_interleaved(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        warm_up=1,
+        rounds=2,
+        clock=lambda run: float(run() is None),
+        before=lambda name: calls.append(f"before {name}"),
+        after=lambda name, number, seconds: calls.append(f"after {name} {number}"),
+    )
+    assert samples == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert calls == [
+        "a", "b",
+        "before a", "a", "a", "after a 0", "before b", "b", "b", "after b 0",
+        "before a", "a", "a", "after a 1", "before b", "b", "b", "after b 1",
+    ]  # fmt: skip
+
+
+def test_every_case_is_listed_has_a_command_and_all_parts():
+    process = subprocess.run(
+        [sys.executable, "-m", "epctl", "bench", "list", "--json"], capture_output=True, text=True
+    )
+    assert [case["name"] for case in json.loads(process.stdout)["cases"]] == list(CASES)
+    from epctl.cli_bench import bench_app
+
+    assert {command.name for command in bench_app.registered_commands} >= CASES.keys()
+    for case in CASES.values():
+        module = case.load()
+        assert all(callable(getattr(module, part)) for part in ("measure", "table", "draw"))
+
+
+def test_measuring_files_does_not_load_torch():
+    program = (
+        "import sys, epctl.bench.command, epctl.bench.compare, epctl.bench.convert, "
+        "epctl.bench.measure, epctl.bench.machine\n"
+        "assert not {'torch', 'matplotlib', 'transformers'} & set(sys.modules), 'heavy'"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -15,7 +15,7 @@ import sys
 from epctl.cli import app
 try: app(sys.argv[1:])
 except SystemExit as end: code = end.code
-from epctl.bench.host import peak_resident_bytes
+from epctl.bench.measure import peak_resident_bytes
 print(peak_resident_bytes(), file=sys.stderr)
 sys.exit(code)
 """

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from epctl.bench import moe
-from epctl.bench.command import run_moe
-from epctl.bench.registry import MOE_SHAPES, parse_shape
+from epctl.bench.command import run_case
+from epctl.bench.moe_shapes import MOE_SHAPES, parse_shape
 from epctl.errors import ConfigError, GateError, ResourceError
 
 TINY = {"shape": "64,48,8,2", "device": "cpu", "warm_up": 1, "rounds": 2}
@@ -18,7 +18,8 @@ TINY = {"shape": "64,48,8,2", "device": "cpu", "warm_up": 1, "rounds": 2}
 
 def test_bench_moe_writes_what_it_measured(tmp_path: Path) -> None:
     json_path, png_path = tmp_path / "moe.json", tmp_path / "moe.png"
-    run_moe(
+    run_case(
+        "moe",
         **TINY,
         tokens=[16, 32],
         routings=["natural", "zipf"],
@@ -40,7 +41,7 @@ def test_bench_moe_prints_no_number_on_a_red_gate(
     honest = moe.moe_mlp
     monkeypatch.setattr(moe, "moe_mlp", lambda *arguments: honest(*arguments) * 1.05)
     with pytest.raises(GateError, match=r"gate red: \w+ is 5\.0e-02 off"):
-        run_moe(**TINY, tokens=[16], peers=[])
+        run_case("moe", **TINY, tokens=[16], peers=[])
     assert "TFLOP" not in capsys.readouterr().out
 
 
@@ -49,7 +50,7 @@ def test_bench_moe_leaves_out_a_peer_that_is_wrong(monkeypatch: pytest.MonkeyPat
 
     honest = peers.grouped_mm.moe_mlp
     monkeypatch.setattr(peers.grouped_mm, "moe_mlp", lambda *arguments: honest(*arguments) + 1)
-    result = run_moe(**TINY, tokens=[16], peers=["torch-grouped-mm"])
+    result = run_case("moe", **TINY, tokens=[16], peers=["torch-grouped-mm"])
     assert "gate red" in result["absent"]["torch-grouped-mm"]
     assert [row["implementation"] for row in result["rows"]] == ["epctl"]
 
@@ -87,4 +88,4 @@ def test_bench_moe_refuses(
     arguments: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        run_moe(**{**TINY, "tokens": [16], **arguments})
+        run_case("moe", **{**TINY, "tokens": [16], **arguments})

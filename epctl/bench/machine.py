@@ -1,39 +1,61 @@
-"""What a benchmark of files needs of this machine: facts, caches, resident memory. No torch."""
+"""What a reader needs to judge a figure: processor or GPU, load, memory, versions, the disk.
+
+Versions come from the installed packages' records, so nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import shutil
-import statistics
-from collections.abc import Sequence
+import subprocess
 from pathlib import Path
 from typing import Any
 
-
-def spread(samples: Sequence[float]) -> dict[str, float]:
-    """Returns median, lowest and highest of `samples`: a disk's few rounds have no percentiles."""
-    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
+PACKAGES = ("torch", "triton", "deepspeed", "transformers")
 
 
-def host_facts(folder: Path) -> dict[str, Any]:
-    """Returns what a reader needs to judge a disk's figures."""
+def machine_facts(gpu: str | None = None, folder: Path | None = None) -> dict[str, Any]:
+    """Returns the facts of this machine now.
+
+    Args:
+        gpu: the GPU's name when it is what was measured; its driver is asked for then.
+        folder: a folder of the disk that was measured; its size and file system are told then.
+    """
     import psutil  # type: ignore[import-untyped]
 
-    usage = shutil.disk_usage(folder)
-    return {
+    facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "device": _processor(),
+        "device": gpu or _processor(),
         "num_cpus": os.cpu_count(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "memory_bytes": psutil.virtual_memory().total,
-        "disk_total_bytes": usage.total,
-        "disk_free_bytes": usage.free,
-        "file_system": _file_system(folder),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-    }
+    } | package_versions()
+    if gpu is not None:
+        facts["driver"] = _driver_version()
+    if folder is not None:
+        usage = shutil.disk_usage(folder)
+        facts |= {
+            "disk_total_bytes": usage.total,
+            "disk_free_bytes": usage.free,
+            "file_system": _file_system(folder),
+        }
+    return facts
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the installed versions of what epctl measures with; absent packages are left out."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def _processor() -> str:
@@ -43,6 +65,15 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        completed = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return completed.stdout.splitlines()[0] if completed.stdout else "unknown"
 
 
 def _file_system(folder: Path) -> str:
@@ -78,24 +109,3 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-
-
-def reset_peak_resident() -> bool:
-    """Sets the process's peak resident memory to what is resident now; False if impossible."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5\n", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def peak_resident_bytes() -> int:
-    """Returns the peak resident memory since the last reset (since the start, without /proc)."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
