@@ -152,6 +152,9 @@ class TrainSection(Section):
         "auto", description="auto: bfloat16 on GPU, float32 on CPU"
     )
     activation_checkpointing: bool = Field(False, description="recompute each block in backward")
+    logits_mib: float = Field(
+        512, gt=0, description="float32 logits held at one time, MiB; more are made in blocks"
+    )
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after")
     eval_batches: int = Field(8, ge=1, description="held-out micro-batches a rank")
     report_every: int = Field(5, ge=1, description="steps between reports")

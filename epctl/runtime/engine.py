@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch import nn
 from epctl.config import OptimSection, RunConfig
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.attention_logits import AttentionLogits
+from epctl.runtime.chunked_loss import limit_logits
 from epctl.runtime.data_batch import Batch
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
@@ -30,6 +32,9 @@ def create_engine(
     """Returns (engine, optimizer, scheduler), the optimizer wired to the engine's partitions."""
     import deepspeed
 
+    reason = limit_logits(model, int(config.train.logits_mib * 2**20))
+    if reason is not None:
+        warnings.warn(f"`train.logits_mib` is ignored: {reason}", stacklevel=2)
     if config.optim.name == "deepspeed-muon":
         return _create_deepspeed_muon(model, config, deepspeed_config)
     optimizers: list[MatrixOptimizer] = []

@@ -76,6 +76,7 @@ def case_config(case: dict[str, Any], num_ranks: int) -> RunConfig:
         "train.micro_batch_size": GLOBAL_BATCH // num_ranks // accumulation,
         "train.gradient_accumulation_steps": accumulation,
         "moe.implementation": case.get("moe", "epctl"),
+        "train.logits_mib": case.get("logits_mib"),
         **case.get("flags", {}),
     }
     return resolve_config(flags=flags).config

@@ -31,7 +31,8 @@ def case(optim: str, zero: int, ep: int, **options: Any) -> dict[str, Any]:
     return {"name": name, "zero": zero, "ep": ep, **extra, **options}
 
 
-# Pairwise over (optimizer, ZeRO, EP, accumulation, clipping, DeepSpeed's own layer).
+# Pairwise over (optimizer, ZeRO, EP, accumulation, clipping, DeepSpeed's own layer, logits made in
+# blocks of a few words).
 CASES = {
     1: [
         case("muon", 1, 1),
@@ -42,6 +43,7 @@ CASES = {
         case("adamw", 3, 1),
         case("muon", 1, 1, clipping=0.0),
         case("muon", 2, 1, moe="autoep"),
+        case("muon", 1, 1, logits_mib=0.002),
     ],
     2: [
         case("muon", 1, 2),
@@ -52,6 +54,8 @@ CASES = {
         case("muon", 2, 1),
         case("muon", 0, 2),
         case("muon", 2, 2, clipping=0.0),
+        case("muon", 3, 2, logits_mib=0.002),
+        case("adamw", 0, 1, logits_mib=0.002),
     ],
     4: [
         case("muon", 1, 4),

@@ -1,0 +1,94 @@
+"""The blocked cross-entropy against PyTorch's, loss and every gradient.
+
+Shape suffixes: T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from epctl.kernels.cross_entropy import IGNORED, chunked_cross_entropy
+
+SHAPES = [(1, 8, 5), (63, 16, 100), (100, 32, 1000), (0, 8, 20)]
+
+
+def tensors(num_tokens: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    x_TD = torch.randn(num_tokens, hidden, generator=generator)
+    weight_VD = torch.randn(vocabulary, hidden, generator=generator) * 0.5
+    labels_T = torch.randint(vocabulary, (num_tokens,), generator=generator)
+    labels_T[::3] = IGNORED
+    return x_TD.requires_grad_(), weight_VD.requires_grad_(), labels_T
+
+
+def expected(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale: float) -> list[Tensor]:
+    logits = (x_TD @ weight_VD.t()).float() * scale
+    loss = F.cross_entropy(logits, labels_T, reduction="sum")
+    return [loss, *torch.autograd.grad(loss / 7, (x_TD, weight_VD))]
+
+
+def found(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, columns: int, scale: float
+) -> list[Tensor]:
+    loss = chunked_cross_entropy(x_TD, weight_VD, labels_T, num_columns=columns, scale=scale)
+    return [loss, *torch.autograd.grad(loss / 7, (x_TD, weight_VD))]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    difference = (found.detach().double() - expected.detach().double()).norm()
+    return float(difference / (expected.detach().double().norm() + 1e-12))
+
+
+# One column a block adds a rounding for each of V: the small vocabularies only.
+CASES = [(s, c) for s in SHAPES for c in (1, 7, 64, 5000) if c > 1 or s[2] <= 100]
+
+
+@pytest.mark.parametrize(("shape", "columns"), CASES)
+@pytest.mark.parametrize("scale", [1.0, 0.125])
+def test_loss_and_gradients(shape: tuple[int, int, int], columns: int, scale: float) -> None:
+    inputs = tensors(*shape)
+    for ours, theirs in zip(found(*inputs, columns, scale), expected(*inputs, scale), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours, theirs) < 2e-6
+
+
+def test_every_label_ignored() -> None:
+    x_TD, weight_VD, labels_T = tensors(10, 8, 30)
+    for tensor in found(x_TD, weight_VD, torch.full_like(labels_T, IGNORED), 7, 1.0):
+        assert not tensor.detach().any()
+
+
+def test_large_logits_stay_finite() -> None:
+    x_TD, weight_VD, labels_T = tensors(20, 8, 30)
+    x_TD = (x_TD.detach() * 1e4).requires_grad_()
+    for ours, theirs in zip(
+        found(x_TD, weight_VD, labels_T, 7, 1.0),
+        expected(x_TD, weight_VD, labels_T, 1.0),
+        strict=True,
+    ):
+        assert torch.isfinite(ours).all()
+        assert relative_error(ours, theirs) < 2e-6
+
+
+def test_half_precision_adds_one_rounding() -> None:
+    """Against float64: the error of the unblocked way and a block's own rounding (2^-9)."""
+    x_TD, weight_VD, labels_T = tensors(200, 64, 999)
+    exact = expected(x_TD.double(), weight_VD.double(), labels_T, 1.0)
+    half = [t.detach().bfloat16().requires_grad_() for t in (x_TD, weight_VD)]
+    whole = expected(half[0], half[1], labels_T, 1.0)
+    blocked = found(half[0], half[1], labels_T, 100, 1.0)
+    for ours, usual, true in zip(blocked, whole, exact, strict=True):
+        bound = (relative_error(usual, true) ** 2 + 2**-18) ** 0.5
+        assert relative_error(ours, true) <= bound
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    x_TD, weight_VD, labels_T = tensors(10, 8, 30)
+    (x_TD if frozen == "x" else weight_VD).requires_grad_(False)
+    chunked_cross_entropy(x_TD, weight_VD, labels_T, num_columns=7).backward()
+    assert (x_TD.grad is None) == (frozen == "x")
+    assert (weight_VD.grad is None) == (frozen == "weight")
