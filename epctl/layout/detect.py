@@ -8,17 +8,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from epctl.layout.evidence import Evidence
 from epctl.layout.experts import ExpertStack, check_scales, describe_layers, find_stacks
 from epctl.layout.families import Family, load_families
 from epctl.layout.generic import generic_names
 from epctl.layout.mixture import build_moe
-from epctl.layout.model import AttentionLayout, ModelLayout, MoELayout, VisionLayout
+from epctl.layout.model import (
+    AttentionLayout,
+    ModelLayout,
+    MoELayout,
+    ParameterCounts,
+    VisionLayout,
+)
 from epctl.layout.names import HOLE
 from epctl.layout.parallel import ep_sizes, sequence_sizes
-from epctl.layout.parameters import build_partition, count_parameters, is_stale
+from epctl.layout.parameters import (
+    Partition,
+    build_partition,
+    count_parameters,
+    is_stale,
+    parameter_shapes,
+)
 from epctl.layout.source import ModelSource
 from epctl.layout.vision import build_vision
 
@@ -45,7 +56,8 @@ class _Detector(Evidence):
         if moe is None:
             self._warn_dense()
         decoder = self._decoder(vision)
-        counts = self._count(stacks, moe, vision)
+        partition = self._partition(stacks, moe, vision)
+        counts = self._count(partition, moe)
         dropped = tuple(name for name in self.tensors if is_stale(name))
         self._add_warnings(moe, dropped)
         families = [family for family in (self.family, vision_family) if family]
@@ -71,6 +83,7 @@ class _Detector(Evidence):
             warnings=tuple(self.warnings),
             reasons=self.reasons,
             remote_code=bool(config.get("auto_map")),
+            parameter_shapes=tuple(parameter_shapes(self.groups, self.tensors, partition)),
         )
 
     def _find_stacks(self) -> tuple[list[ExpertStack], str | None]:
@@ -124,9 +137,9 @@ class _Detector(Evidence):
             facts.get_int("num_kv_heads") or heads,
         )  # fmt: skip
 
-    def _count(
+    def _partition(
         self, stacks: Sequence[ExpertStack], moe: MoELayout | None, vision: VisionLayout | None
-    ) -> Any:
+    ) -> Partition:
         # The top level wins here: a text section may keep its class default.
         tied = self.source.config.get("tie_word_embeddings")
         if tied is None:
@@ -134,9 +147,11 @@ class _Detector(Evidence):
         head = next((p for p in self.groups if p.endswith("lm_head.weight")), None)
         if tied is True and head:
             self.warnings.append(f"`{head}` repeats the tied embedding and is not counted")
-        partition = build_partition(
+        return build_partition(
             stacks, moe, vision, tied_head=tied is True, mtp_prefixes=self._mtp_prefixes(stacks)
         )
+
+    def _count(self, partition: Partition, moe: MoELayout | None) -> ParameterCounts:
         bits, _ = self.facts.look_up(
             [
                 "quantization_config.bits",

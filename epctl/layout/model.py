@@ -275,6 +275,15 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class ParameterShape:
+    """The tensors of one name pattern and one shape; `part` is a field of ParameterCounts."""
+
+    part: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceParallelSize:
     """One sequence-parallel size: whether every attention head can be dealt out, or why not."""
 
@@ -306,6 +315,7 @@ class ModelLayout:
     warnings: tuple[str, ...]
     reasons: Mapping[str, str]
     remote_code: bool = False
+    parameter_shapes: tuple[ParameterShape, ...] = ()
 
     @property
     def sp_sizes(self) -> tuple[int, ...]:

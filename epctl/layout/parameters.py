@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from epctl.layout.experts import ExpertStack, Groups, Tensors, tail_pattern
-from epctl.layout.model import MoELayout, ParameterCounts, VisionLayout
+from epctl.layout.model import MoELayout, ParameterCounts, ParameterShape, VisionLayout
 from epctl.layout.names import NameGroup
 from epctl.layout.safetensors import TensorEntry
 
@@ -23,6 +23,8 @@ _SCALE = re.compile(
 # Constants that modules register as persistent buffers.
 _BUFFER = re.compile(r"(\.weight_shape|\balpha|layer_scalar|slope_rate|_decay)$")
 _INTEGERS = ("I8", "I16", "I32", "I64", "U16", "U32", "U64", "BOOL")
+# The parts that add up to a model's total.
+SUMMED_PARTS = ("routed_experts", "shared_experts", "dense", "vision", "embeddings")
 _PACKED = re.compile(r"\.(weight_packed|qweight)$")
 
 
@@ -127,12 +129,27 @@ def count_parameters(
         counted, mtp = _sum_group(group, tensors, partition.mtp_prefixes, packed_bits)
         counts[part] += counted
         counts["mtp"] += mtp
-    summed = ("routed_experts", "shared_experts", "dense", "vision", "embeddings")
-    counts["total"] = sum(counts[part] for part in summed)
+    counts["total"] = sum(counts[part] for part in SUMMED_PARTS)
     active = None
     if moe is None or moe.top_k is not None:
         active = counts["total"] - _idle(counts["routed_experts"], moe)
     return ParameterCounts(**{**counts, "active_per_token": active})  # type: ignore[arg-type]
+
+
+def parameter_shapes(
+    groups: Groups, tensors: Tensors, partition: Partition
+) -> Iterator[ParameterShape]:
+    """Yields what the model itself trains, by part, pattern and shape: no buffers, scales, MTP."""
+    for pattern, group in groups.items():
+        part = partition.part_of(pattern, groups)
+        if part not in SUMMED_PARTS or tensors[group.names[0]].dtype in _INTEGERS:
+            continue
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name in group.names:
+            if not (partition.mtp_prefixes and name.startswith(partition.mtp_prefixes)):
+                by_shape.setdefault(tensors[name].shape, []).append(name)
+        for shape, names in by_shape.items():
+            yield ParameterShape(part, shape, tuple(names))
 
 
 def _sum_group(
