@@ -34,6 +34,17 @@ Paths = Annotated[
 ]
 
 
+# A yes or no is what other trainers have here: all of a layer, or nothing.
+Checkpointing = Annotated[
+    Literal["none", "attention", "moe", "full"],
+    BeforeValidator(lambda value: _mode(value) if isinstance(value, bool) else value),
+]
+
+
+def _mode(recompute: bool) -> str:
+    return "full" if recompute else "none"
+
+
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -151,7 +162,9 @@ class TrainSection(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPU, float32 on CPU"
     )
-    activation_checkpointing: bool = Field(False, description="recompute each block in backward")
+    activation_checkpointing: Checkpointing = Field(
+        "none", description="what backward recomputes: none, attention, moe, or full layers"
+    )
     logits_mib: float = Field(
         512, gt=0, description="float32 logits held at one time, MiB; more are made in blocks"
     )
@@ -227,7 +240,7 @@ MODEL_DEFAULTS: Mapping[str, Any] = {
     "optim.lr": 2e-5,
     "train.sequence_length": 4096,
     "train.micro_batch_size": 1,
-    "train.activation_checkpointing": True,
+    "train.activation_checkpointing": "full",
 }
 MODEL_DEFAULT_SOURCE = "default with MODEL"
 # How long a run is: one of these, the last one given.

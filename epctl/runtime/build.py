@@ -86,15 +86,6 @@ def swap_moe_blocks(model: nn.Module, config: Any, mesh: Mesh, dtype: torch.dtyp
     return len(blocks)
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Makes backward recompute each decoder layer; non-reentrant, which ZeRO-3's hooks need."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
-    else:  # its name before transformers 5.20
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
-
-
 def load_units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields (prefix, module) in order; together they own every Parameter exactly once.
 

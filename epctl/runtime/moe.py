@@ -17,6 +17,7 @@ from epctl.kernels import moe_mlp, route
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.dispatch import combine, dispatch
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.recompute import recomputing
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Router(nn.Module):
             normalize=self.rule.normalize,
             scale=self.rule.scale,
         )
-        if self.training:
+        if self.training and not recomputing():
             self._count(experts_TK)
         return weights_TK, experts_TK
 

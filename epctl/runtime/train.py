@@ -18,7 +18,7 @@ from epctl import __version__
 from epctl.config import ResolvedConfig, RunConfig
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import deepspeed_seams as seams
-from epctl.runtime.build import build_model, checkpoint_activations
+from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import checkpoint_bytes, save_model
 from epctl.runtime.data import ByteData, standard_library_corpus
 from epctl.runtime.data_batch import TrainingData
@@ -28,6 +28,7 @@ from epctl.runtime.engine import count_state_bytes, create_engine
 from epctl.runtime.events import EventLog
 from epctl.runtime.load import CheckpointWeights
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.recompute import checkpoint_activations
 from epctl.runtime.report import plan_of
 from epctl.runtime.restart import first_checkpoint
 from epctl.runtime.resume import Checkpointer
@@ -135,8 +136,7 @@ def build(
         seconds = round(time.perf_counter() - started, 2)
         counts = vars(model.weights.counts)
         events.write("loaded", **counts, seconds=seconds, notes=model.notes)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(module)
+    checkpoint_activations(module, config.train.activation_checkpointing)
     return module, ds_config
 
 

@@ -26,7 +26,7 @@ COMMUNICATION_ERRORS = ("DistBackendError", "DistNetworkError")
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 MEMORY_HINT = (
     "a smaller `train.micro_batch_size` or `train.sequence_length`, a higher `--zero`, "
-    "`--set train.activation_checkpointing=true`, or `--set optim.offload=true`"
+    "`--set train.activation_checkpointing=full`, or `--set optim.offload=true`"
 )
 
 

@@ -24,6 +24,7 @@ from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
 from epctl.runtime.engine import create_engine, train_step
 from epctl.runtime.leave import leave
+from epctl.runtime.recompute import checkpoint_activations
 from epctl.runtime.weights import RandomWeights
 
 NUM_STEPS = 4
@@ -108,6 +109,7 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         zero3_config=ds_config if config.parallel.zero == 3 and swap else None,
         swap=swap,
     )
+    checkpoint_activations(model, case.get("recompute", "none"))
     engine, _, scheduler = create_engine(model, config, ds_config)
     losses, norms = [], []
     for step in range(NUM_STEPS):

@@ -54,7 +54,7 @@ CASES = {
         case("muon", 2, 1),
         case("muon", 0, 2),
         case("muon", 2, 2, clipping=0.0),
-        case("muon", 3, 2, logits_mib=0.002),
+        case("muon", 3, 2, logits_mib=0.002, recompute="attention"),
         case("adamw", 0, 1, logits_mib=0.002),
     ],
     4: [
@@ -67,6 +67,8 @@ CASES = {
         case("adamw", 3, 2),
         case("adamw", 3, 4),
         case("muon", 0, 4),
+        case("muon", 3, 4, recompute="moe"),
+        case("muon", 3, 2, recompute="full"),
         case("muon", 3, 2, accumulation=2),
         case("muon", 3, 2, moe="autoep"),
         case("muon", 1, 2, moe="autoep"),

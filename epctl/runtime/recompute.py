@@ -1,0 +1,93 @@
+"""Activation checkpointing: what backward makes again instead of keeping.
+
+`full` recomputes each decoder layer (transformers' own hook), `attention` and `moe` only that part
+of it. Non-reentrant everywhere, which ZeRO-3's hooks need. A recomputed router sees the very
+tensors of its first forward, so it chooses the same experts; what it counts must be counted once,
+which is what `recomputing` is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from epctl.errors import ConfigError
+from epctl.runtime.deepspeed_seams import AutoEPMoELayer
+
+Mode = Literal["none", "attention", "moe", "full"]
+
+_depth = 0  # of recomputations under way; autograd runs them one at a time on a device's thread
+
+
+def recomputing() -> bool:
+    """True while backward makes activations again: count nothing, write nothing down."""
+    return _depth > 0
+
+
+@contextlib.contextmanager
+def _recomputation() -> Iterator[None]:
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+
+
+def _contexts() -> tuple[Any, Any]:
+    """The context of the first forward and of the recomputation, as `checkpoint` wants them."""
+    return contextlib.nullcontext(), _recomputation()
+
+
+OPTIONS: dict[str, Any] = {"use_reentrant": False, "context_fn": _contexts}
+
+
+def checkpoint_activations(model: nn.Module, mode: Mode) -> int:
+    """Makes backward recompute a part of each layer; returns how many modules are recomputed.
+
+    Raises ConfigError if the model has no such part.
+    """
+    if mode == "none":
+        return 0
+    if mode == "full":
+        return _checkpoint_layers(model)
+    found = [m for name, m in model.named_modules() if _is_part(name, m, mode)]
+    if not found:
+        raise ConfigError(
+            f"`train.activation_checkpointing` is {mode}: no such part in {type(model).__name__}",
+            hint="use `full`; `moe` needs epctl's own expert layer",
+        )
+    for module in found:
+        _recompute_forward(module)
+    return len(found)
+
+
+def _is_part(name: str, module: nn.Module, mode: Mode) -> bool:
+    if mode == "moe":
+        return isinstance(module, AutoEPMoELayer)
+    return name.rpartition(".")[2] in ("self_attn", "linear_attn")
+
+
+def _checkpoint_layers(model: Any) -> int:
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=OPTIONS)
+    else:  # its name before transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=OPTIONS)
+    return sum(bool(getattr(m, "gradient_checkpointing", False)) for m in model.modules())
+
+
+def _recompute_forward(module: nn.Module) -> None:
+    """Puts the checkpoint inside the module's own hooks, where transformers has it too."""
+    original = module.forward
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        if not (module.training and torch.is_grad_enabled()):
+            return original(*inputs, **named)
+        return checkpoint(original, *inputs, **OPTIONS, **named)
+
+    module.forward = forward

@@ -1,0 +1,107 @@
+"""What activation checkpointing keeps, and that a recomputed router changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parity_ranks import tiny_config
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from epctl.config import TrainSection
+from epctl.errors import ConfigError
+from epctl.runtime.build import build_model
+from epctl.runtime.mesh import Mesh
+from epctl.runtime.moe import Router
+from epctl.runtime.recompute import checkpoint_activations, recomputing
+from epctl.runtime.weights import RandomWeights
+
+MODES = ("none", "attention", "moe", "full")
+NUM_TOKENS, TOP_K = 2 * 19, 3
+
+
+def model_with(mode: Any, **changes: Any) -> nn.Module:
+    model = build_model(
+        tiny_config(**changes),
+        Mesh(0, 1, 1, 0),
+        RandomWeights(seed=1, std=0.2),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    ).train()
+    checkpoint_activations(model, mode)
+    return model
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    ids = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(0))
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+def kept_bytes(mode: str) -> int:
+    """Bytes that autograd keeps of the forward, whoever keeps them; each storage counts once."""
+    model = model_with(mode)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model)
+    del loss
+    return sum(kept.values())
+
+
+def test_each_mode_keeps_less() -> None:
+    kept = {mode: kept_bytes(mode) for mode in MODES}
+    assert kept["full"] < kept["moe"] < kept["none"]
+    assert kept["full"] < kept["attention"] < kept["none"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_the_same(mode: str) -> None:
+    expected, found = model_with("none"), model_with(mode)
+    for model in (expected, found):
+        loss_of(model).backward()
+    for (name, a), b in zip(expected.named_parameters(), found.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_routing_is_replayed_and_counted_once(mode: str) -> None:
+    model = model_with(mode)
+    chosen: dict[str, list[tuple[bool, Tensor]]] = {}
+    routers = [(n, m) for n, m in model.named_modules() if isinstance(m, Router)]
+    for name, router in routers:
+        seen = chosen.setdefault(name, [])
+        router.register_forward_hook(
+            lambda _m, _i, output, seen=seen: seen.append((recomputing(), output[1].clone()))
+        )
+    loss_of(model).backward()
+    assert not recomputing()
+    for name, router in routers:
+        again = mode in ("moe", "full")
+        assert [when for when, _ in chosen[name]] == [False, True][: 1 + again]
+        assert all(torch.equal(experts, chosen[name][0][1]) for _, experts in chosen[name])
+        assert int(router.tokens_per_expert.sum()) == NUM_TOKENS * TOP_K
+
+
+def test_a_part_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is moe: no such part"):
+        model_with("moe", first_k_dense_replace=3)
+
+
+def test_yes_and_no_are_understood() -> None:
+    assert TrainSection(activation_checkpointing=True).activation_checkpointing == "full"
+    assert TrainSection(activation_checkpointing=False).activation_checkpointing == "none"
+    for value in ("layers", 1, ["moe"]):
+        with pytest.raises(ValidationError):
+            TrainSection(activation_checkpointing=value)
