@@ -16,8 +16,9 @@ def sequence_balance_loss(scores_NSE: Tensor, experts_NSK: Tensor) -> Tensor:
     """Returns the complementary sequence-wise loss of DeepSeek-V3 (2412.19437, equations 17 to 20).
 
     For each sequence the sum over experts of (share of the choices * E) * (mean share of the
-    score); the mean over sequences, a scalar: 1 when balanced, E / K when every token
-    picks the same K experts and gives the rest no score. In the dtype of the scores. Only the scores carry a gradient.
+    score); the mean over sequences, a scalar in the dtype of the scores: 1 when balanced, E / K
+    when every token picks the same K experts and gives the rest no score. Only the scores carry
+    a gradient.
 
     Args:
         scores_NSE: positive scores (sigmoid or softmax), float32, before any correction bias.

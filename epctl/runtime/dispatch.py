@@ -4,8 +4,8 @@ Shape suffixes: T tokens here, K top_k, D hidden size, P ranks of the ep group,
 S rows this rank sends, R rows it receives (one a token and destination rank).
 
 A row carries its token, the local ids of the experts it is for (-1 where a choice lives on another
-rank) and their router weights. The expert side forms the weighted sum of a row, so the way back
-also moves one row a rank. Backward is the mirror of forward.
+rank, or was dropped) and their router weights. The expert side forms the weighted sum of a row, so
+the way back also moves one row a rank. Backward is the mirror of forward.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from epctl.errors import ResourceError
 
 
 @dataclass(frozen=True)
@@ -84,25 +86,48 @@ def local_expert_ids(experts_SK: Tensor, rank_S: Tensor, num_local_experts: int)
     return local_SK.masked_fill(elsewhere, -1)
 
 
+def needed_ranks(experts_TK: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
+    """Returns which ranks hold an expert of each token, [T, P] bool; -1 is nobody's expert."""
+    counts_TP = torch.zeros(
+        experts_TK.shape[0], num_ranks, dtype=torch.int32, device=experts_TK.device
+    )
+    chosen_TK = (experts_TK >= 0).int()
+    return counts_TP.scatter_add_(1, experts_TK.clamp_min(0) // num_local_experts, chosen_TK) > 0
+
+
+def _require_room(splits: RowSplits, max_rows: int | None, num_tokens: int) -> None:
+    coming = sum(splits.received)
+    if max_rows is None or coming <= max_rows:
+        return
+    raise ResourceError(
+        f"{coming} rows are on their way to the experts of rank {dist.get_rank()}, "
+        f"`moe.max_tokens_per_rank` is {max_rows} ({num_tokens} tokens of its own)",
+        hint="routing is skewed: raise the bound, use a smaller `train.micro_batch_size`, "
+        "`moe.bias_update_rate=0.001` to balance, or `moe.capacity_factor=1.25` to drop",
+    )
+
+
 def dispatch(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
     num_local_experts: int,
     group: dist.ProcessGroup,
+    max_rows: int | None = None,
 ) -> Dispatched:
     """Sends each token once to each rank that holds one of its experts.
 
     Args:
-        experts_TK: global expert ids, int64.
+        experts_TK: global expert ids, int64; -1 for a choice that was dropped.
         weights_TK: router weights; the gradient flows back through the exchange.
+        max_rows: rows that this rank takes at most.
+
+    Raises ResourceError if more rows than `max_rows` are on their way, before they arrive.
     """
-    num_ranks = dist.get_world_size(group)
-    needs_TP = torch.zeros(x_TD.shape[0], num_ranks, dtype=torch.bool, device=x_TD.device).scatter_(
-        1, experts_TK // num_local_experts, True
-    )
+    needs_TP = needed_ranks(experts_TK, num_local_experts, dist.get_world_size(group))
     rank_S, token_S = needs_TP.t().nonzero(as_tuple=True)
     splits = exchange_splits(needs_TP.sum(dim=0), group)
+    _require_room(splits, max_rows, x_TD.shape[0])
     local_SK = local_expert_ids(experts_TK[token_S], rank_S, num_local_experts)
     return Dispatched(
         exchange_rows(x_TD[token_S], splits),

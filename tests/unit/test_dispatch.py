@@ -1,0 +1,49 @@
+"""Which ranks a token is sent to, and how many bytes that saves; no process group needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epctl.errors import ResourceError
+from epctl.runtime import dispatch
+from epctl.runtime.dispatch import RowSplits, needed_ranks
+
+# Moonlight: rows of 2048 bfloat16, top-6 of 64; a row's metadata is 6 int64 ids, 6 float32 weights.
+HIDDEN_BYTES, TOP_K, NUM_EXPERTS = 2048 * 2, 6, 64
+METADATA_BYTES = TOP_K * (8 + 4)
+
+
+def test_a_token_needs_each_rank_once() -> None:
+    experts = torch.tensor([[0, 1, 5], [4, 5, 6], [-1, 2, -1], [-1, -1, -1]])
+    expected = [[1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert needed_ranks(experts, 2, 4).int().tolist() == expected
+
+
+def test_no_tokens_need_nobody() -> None:
+    assert needed_ranks(torch.zeros(0, 3, dtype=torch.int64), 2, 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize(("ep", "bound", "expected_share"), [(4, 0.58, 0.558), (8, 0.78, 0.756)])
+def test_bytes_against_one_row_an_expert(ep: int, bound: float, expected_share: float) -> None:
+    """Random routing; dispatch with metadata and the way back, the reference without metadata."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(20_000, NUM_EXPERTS, generator=generator)
+    experts = scores.topk(TOP_K).indices
+    num_rows = int(needed_ranks(experts, NUM_EXPERTS // ep, ep).sum())
+    assert num_rows / experts.numel() == pytest.approx(expected_share, abs=0.003)
+    moved = num_rows * (2 * HIDDEN_BYTES + METADATA_BYTES) + 2 * 8 * ep * ep  # and the counts
+    assert moved / (experts.numel() * 2 * HIDDEN_BYTES) <= bound
+
+
+def test_more_rows_than_allowed_are_refused_before_they_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    splits = RowSplits([1, 2], [300, 200], group=None)  # type: ignore[arg-type]
+    dispatch._require_room(splits, 500, 64)
+    dispatch._require_room(splits, None, 64)
+    with pytest.raises(
+        ResourceError, match=r"500 rows .* rank 3.* is 499 "
+    ):
+        dispatch._require_room(splits, 499, 64)
