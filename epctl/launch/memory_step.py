@@ -1,0 +1,56 @@
+"""What one optimizer step needs on top of state and gradients (runtime/optimizer.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from epctl.launch.memory_settings import RankPlan
+from epctl.launch.memory_shape import ModelShape
+from epctl.launch.memory_state import LocalCounts, largest_step, local_counts
+from epctl.launch.memory_terms import Phase, Place, Term
+
+# Matrices orthogonalised at once (runtime/muon_exchange.py, DEFAULT_CHUNK_ELEMENTS).
+CHUNK_ELEMENTS = 2**25
+
+
+def step_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
+    """Yields the temporaries of Muon, AdamW and the engine around them."""
+    local = local_counts(shape, plan)
+    place: Place = "host" if plan.offload else "device"
+    if plan.zero == 3 and not plan.offload:
+        largest = largest_step(local, plan)
+        yield Term(
+            "gradient of a sub-group", "optimizer work", 4 * largest,
+            "4 B x the largest sub-group, copied out of the flat buffer", Phase.STEP,
+            values={"elements": largest},
+        )  # fmt: skip
+    if plan.zero in (1, 2) and plan.gradient_bytes < 4 and not plan.offload:
+        largest = largest_step(local, plan)
+        yield Term(
+            "gradient in float32", "optimizer work", 6 * largest,
+            "(2 + 4) B x the largest group's partition: flattened, then widened", Phase.STEP,
+            values={"elements": largest},
+        )  # fmt: skip
+    if plan.optimizer == "muon" and local.trained("elements", kind="muon"):
+        yield _muon_workspace(shape, local, plan)
+    adamw = largest_step(local, plan, "adamw")
+    if adamw:
+        yield Term(
+            "AdamW temporary", "optimizer work", 4 * adamw,
+            "4 B x the largest partition on AdamW: a square root", Phase.STEP, place,
+            values={"elements": adamw},
+        )  # fmt: skip
+
+
+def _muon_workspace(shape: ModelShape, local: LocalCounts, plan: RankPlan) -> Term:
+    matrices = [f.shape[-1] * f.shape[-2] for f in shape.families if f.kind == "muon" and f.trained]
+    largest = max(matrices)
+    held = local.trained("elements", kind="muon")
+    chunk = max(largest, min(CHUNK_ELEMENTS, held))
+    travels = chunk if plan.num_ranks > 1 else 0
+    return Term(
+        "Muon's matrices at work", "optimizer work", 16 * chunk + 8 * travels,
+        "16 B x chunk: momentum mix, normalised copy, iteration in half precision; "
+        "8 B x chunk travels to and from owners",
+        Phase.STEP, values={"chunk": chunk, "largest matrix": largest},
+    )  # fmt: skip
