@@ -1,0 +1,179 @@
+"""Which parts of a model are sharded, found by probes and never by class name.
+
+What would be computed wrongly is refused by name, with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from epctl.errors import LayoutError
+
+KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A vision tower and how its input is cut.
+
+    `packed` towers take patch rows of all images end to end with a grid, `tiles` towers take
+    `[tiles, channels, height, width]`. `attentions` and `blocks` are in the order of the layers.
+    """
+
+    module: nn.Module
+    form: Literal["packed", "tiles"]
+    attentions: tuple[nn.Module, ...]
+    blocks: tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model that sequence parallelism touches."""
+
+    model: nn.Module
+    decoder: nn.Module
+    decoder_attentions: tuple[nn.Module, ...]
+    encoder: Encoder | None
+
+    @property
+    def takes_encoder_outputs(self) -> bool:
+        """True if the model can be given vision features (transformers 5.20 and later)."""
+        return "mm_encoder_outputs" in _parameters(self.model)
+
+
+def find_parts(model: Any) -> Parts:
+    """Returns the parts of a transformers model.
+
+    Raises LayoutError, with the reason, if sharding its sequence would compute something else.
+    """
+    if not hasattr(model, "get_decoder") or not getattr(model, "_supports_attention_backend", True):
+        raise _refusal(model, "its attention does not go through transformers' registry")
+    decoder = model.get_decoder()
+    attentions = _attentions(decoder)
+    _check_decoder(model, decoder, attentions)
+    return Parts(model, decoder, attentions, _find_encoder(model))
+
+
+def _find_encoder(model: Any) -> Encoder | None:
+    if not hasattr(model, "get_image_features"):
+        return None
+    encoder = model.get_encoder(modality="image")
+    if encoder is model:
+        raise _refusal(model, "it takes images, but `get_encoder` finds no vision tower")
+    form = _form(model, encoder)
+    return Encoder(encoder, form, _attentions(encoder), _blocks(encoder))
+
+
+def _form(model: Any, encoder: nn.Module) -> Literal["packed", "tiles"]:
+    """Tells the two kinds of towers apart by what they are called with and what they call."""
+    if "image_grid_thw" not in _parameters(model, "get_image_features"):
+        return "tiles"
+    used = called_names(encoder)
+    for needed in ("get_vision_position_ids", "get_vision_attention_seqlens"):
+        if needed not in used:
+            raise _refusal(
+                model,
+                f"its tower {type(encoder).__name__} does not take positions and segments from "
+                f"outside (`{needed}` of transformers.vision_utils)",
+            )
+    if "get_vision_temporal_merge_index" in used:
+        raise _refusal(model, f"frames attend to each other in {type(encoder).__name__}")
+    return "packed"
+
+
+def _check_decoder(model: Any, decoder: nn.Module, attentions: tuple[nn.Module, ...]) -> None:
+    config = decoder.config.get_text_config()  # type: ignore[operator, union-attr]
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYER_TYPES)
+    if odd:
+        reason = {"linear_attention": "its recurrent state runs along the whole sequence"}
+        raise _refusal(model, f"layers of type `{odd[0]}`: {reason.get(odd[0], 'not known')}")
+    num_layers = getattr(config, "num_hidden_layers", len(attentions))
+    if len(attentions) != num_layers:
+        raise _refusal(
+            model, f"{len(attentions)} of its {num_layers} decoder layers have causal attention"
+        )
+    for attention in attentions:
+        if not getattr(attention, "is_causal", True):
+            raise _refusal(model, f"{type(attention).__name__} of the decoder is not causal")
+        if getattr(attention, "sinks", None) is not None:
+            raise _refusal(model, f"{type(attention).__name__} has attention sinks")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise _refusal(model, "`use_bidirectional_attention`: tokens see those after them")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise _refusal(model, "`attn_logit_softcapping` bends its attention logits")
+    if getattr(config, "output_router_logits", False):
+        raise _refusal(
+            model, "`output_router_logits`: its balance loss is a product of means over the batch"
+        )
+    for module in _above(model, decoder):
+        masks = [n for n in called_names(module) if n.startswith("create_") and "mask" in n]
+        if masks:
+            raise _refusal(
+                model,
+                f"{type(module).__name__} builds its own mask (`{masks[0]}`): "
+                "image blocks attend in both directions",
+            )
+
+
+def _above(model: Any, decoder: nn.Module) -> Iterator[nn.Module]:
+    """Yields the modules between the outermost and the decoder."""
+    if model is not decoder:
+        yield model
+    inner = getattr(model, "base_model", model)
+    if inner is not model and inner is not decoder:
+        yield inner
+
+
+def _attentions(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Returns the attention modules, as the model declares them or by their `is_causal`."""
+    classes = _recorded(module, "attentions")
+    if classes:
+        return tuple(m for m in module.modules() if isinstance(m, classes))
+    return tuple(m for m in module.modules() if hasattr(m, "is_causal"))
+
+
+def _blocks(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Returns the transformer blocks, as declared or as the parents of the attention modules."""
+    classes = _recorded(module, "hidden_states")
+    if classes:
+        return tuple(m for m in module.modules() if isinstance(m, classes))
+    attentions = {id(m) for m in _attentions(module)}
+    return tuple(m for m in module.modules() if any(id(c) in attentions for c in m.children()))
+
+
+def _recorded(module: nn.Module, kind: str) -> tuple[type, ...]:
+    declared = getattr(module, "_can_record_outputs", None) or {}
+    found = declared.get(kind)
+    candidates = found if isinstance(found, (list, tuple)) else [found]
+    targets = [getattr(c, "target_class", c) for c in candidates]
+    return tuple(target for target in targets if isinstance(target, type))
+
+
+def called_names(module: nn.Module) -> tuple[str, ...]:
+    """Returns the global names and attributes that a module's forward uses."""
+    forward = inspect.unwrap(type(module).forward)
+    return tuple(getattr(forward, "__code__").co_names)  # noqa: B009
+
+
+def _parameters(module: nn.Module, method: str = "forward") -> frozenset[str]:
+    """Returns what a method of the module's class can be given."""
+    function = inspect.unwrap(getattr(type(module), method))
+    return frozenset(inspect.signature(function).parameters)
+
+
+def accepted(module: nn.Module, method: str) -> frozenset[str]:
+    """Returns the names of a method's parameters; inner wrappers are looked through."""
+    return _parameters(module, method)
+
+
+def _refusal(model: Any, reason: str) -> LayoutError:
+    name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return LayoutError(
+        f"`{name}` cannot be trained with its sequence over several ranks: {reason}",
+        hint="train it without `--sp`",
+    )

@@ -1,0 +1,98 @@
+"""Rows to heads and back, and the variable-length gather; all differentiable.
+
+Shape suffixes: B batch, H all query heads, J all key/value heads, P heads of this rank,
+S all rows, R rows of this rank, D head size, T rows of any kind.
+
+Both are one uneven all-to-all of flat elements: no padding, and q, k, v of different head sizes
+(MLA) travel together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from epctl.runtime.sequence.group import SequenceGroup
+from epctl.runtime.sequence.heads import HeadPlacement
+
+
+def gather_rows(rows_T: Tensor, sizes: Sequence[int], group: SequenceGroup) -> Tensor:
+    """Returns the rows of every rank, [sum(sizes), ...], in rank order.
+
+    Backward is the sum over ranks of what each did with this rank's rows (a reduce-scatter):
+    every rank computes a share of one loss.
+
+    Args:
+        rows_T: this rank's `sizes[rank]` rows; the other dimensions agree.
+    """
+    assert len(rows_T) == sizes[group.rank], (rows_T.shape, sizes, group.rank)
+    if group.size == 1:
+        return rows_T
+    copies = rows_T.repeat(group.size, *(1 for _ in rows_T.shape[1:]))
+    return group.exchange(copies, [len(rows_T)] * group.size, list(sizes))
+
+
+def rows_to_heads(
+    q_BHRD: Tensor,
+    k_BJRD: Tensor,
+    v_BJRD: Tensor,
+    sizes: Sequence[int],
+    placement: HeadPlacement,
+    group: SequenceGroup,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns this rank's heads of q, k and v over all rows, [B, P, S, D]."""
+    packed, sent = [], []
+    for query, kv in zip(placement.query, placement.kv, strict=True):
+        parts = [_heads(q_BHRD, query), _heads(k_BJRD, kv), _heads(v_BJRD, kv)]
+        packed += [part.reshape(-1) for part in parts]
+        sent.append(sum(part.numel() for part in parts))
+    batch = q_BHRD.shape[0]
+    num_query, num_kv = len(placement.query[group.rank]), len(placement.kv[group.rank])
+    widths = [
+        num_query * q_BHRD.shape[-1],
+        num_kv * k_BJRD.shape[-1],
+        num_kv * v_BJRD.shape[-1],
+    ]
+    received = [batch * size * sum(widths) for size in sizes]
+    flat = group.exchange(torch.cat(packed), sent, received)
+    pieces: list[list[Tensor]] = [[], [], []]
+    heads = (num_query, num_kv, num_kv)
+    for size, chunk in zip(sizes, torch.split(flat, received), strict=True):
+        parts_of_rank = torch.split(chunk, [batch * size * width for width in widths])
+        for place, part in enumerate(parts_of_rank):
+            head_size = widths[place] // max(1, heads[place])
+            pieces[place].append(part.view(batch, heads[place], size, head_size))
+    q, k, v = (torch.cat(piece, dim=2) for piece in pieces)
+    return q, k, v
+
+
+def heads_to_rows(
+    out_BPSD: Tensor, sizes: Sequence[int], placement: HeadPlacement, group: SequenceGroup
+) -> Tensor:
+    """Returns all heads of this rank's rows, [B, H, R, D]: the way back."""
+    batch, _, _, head_size = out_BPSD.shape
+    parts = [part.reshape(-1) for part in torch.split(out_BPSD, list(sizes), dim=2)]
+    num_rows = sizes[group.rank]
+    received = [batch * len(heads) * num_rows * head_size for heads in placement.query]
+    flat = group.exchange(torch.cat(parts), [part.numel() for part in parts], received)
+    chunks = zip(placement.query, torch.split(flat, received), strict=True)
+    return torch.cat(
+        [chunk.view(batch, len(heads), num_rows, head_size) for heads, chunk in chunks], dim=1
+    )
+
+
+def gather_keys(
+    k_BJRD: Tensor, v_BJRD: Tensor, sizes: Sequence[int], group: SequenceGroup
+) -> tuple[Tensor, Tensor]:
+    """Returns keys and values of all rows, all heads, [B, J, S, D]."""
+    key_size, value_size = k_BJRD.shape[-1], v_BJRD.shape[-1]
+    joined_RBJD = torch.cat((k_BJRD, v_BJRD), dim=-1).permute(2, 0, 1, 3)
+    all_SBJD = gather_rows(joined_RBJD.contiguous(), sizes, group)
+    key_SBJD, value_SBJD = torch.split(all_SBJD, [key_size, value_size], dim=-1)
+    return key_SBJD.permute(1, 2, 0, 3), value_SBJD.permute(1, 2, 0, 3)
+
+
+def _heads(x_BHRD: Tensor, heads: range) -> Tensor:
+    return x_BHRD[:, heads.start : heads.stop]

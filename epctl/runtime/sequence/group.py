@@ -1,0 +1,66 @@
+"""The ranks that share a sample: epctl's own process group, DeepSpeed is not told of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor
+
+from epctl.errors import ConfigError
+from epctl.runtime.dispatch import RowSplits, exchange_rows
+
+
+@dataclass
+class Traffic:
+    """Bytes this rank sent to others, counted where they are sent; backward mirrors forward."""
+
+    num_bytes: int = 0
+
+    def count(self, rows: Tensor, sent: list[int], rank: int) -> None:
+        width = rows[0].numel() if len(rows) else 0
+        elsewhere = sum(sent) - sent[rank]
+        passes = 2 if rows.requires_grad else 1
+        self.num_bytes += passes * elsewhere * width * rows.element_size()
+
+
+@dataclass
+class SequenceGroup:
+    """This rank's place among the ranks of one sample; `group` is None for a group of one."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sends `sent[r]` leading rows to each rank r in turn; differentiable.
+
+        Returns the rows received, in the order of their source ranks.
+        """
+        assert self.group is not None
+        self.traffic.count(rows, sent, self.rank)
+        return exchange_rows(rows, RowSplits(sent, received, self.group))
+
+
+def create_sequence_group(size: int) -> SequenceGroup:
+    """Returns this rank's group of `size` consecutive ranks. A collective over all ranks.
+
+    Raises ConfigError if `size` does not divide the ranks.
+    """
+    if size == 1:
+        return SequenceGroup()
+    num_ranks = dist.get_world_size()
+    validate_sequence_parallel(size, num_ranks)
+    group, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
+    return SequenceGroup(dist.get_rank() % size, size, group)
+
+
+def validate_sequence_parallel(size: int, num_ranks: int) -> None:
+    """Raises ConfigError, with the numbers, if `size` does not divide the ranks."""
+    if num_ranks % size:
+        legal = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+        raise ConfigError(
+            f"sequence parallel size {size} does not divide the {num_ranks} ranks",
+            hint=f"use `--sp` {' or '.join(map(str, legal))}, or change `--num-ranks`",
+        )

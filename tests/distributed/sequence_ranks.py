@@ -1,0 +1,160 @@
+"""Ranks of the sequence-parallel tests: many models and cuts in one process group.
+
+Called as `python -m sequence_ranks FOLDER CASES_JSON`. Of every case a rank writes the loss and the
+largest relative error of any parameter's gradient against the unsharded model, which each rank runs
+itself; ranks of one group get one sample, other groups other samples, as in data parallelism.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sequence_models import batch, build
+from torch import Tensor, nn
+
+from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.leave import leave
+from epctl.runtime.sequence.group import SequenceGroup, create_sequence_group
+from epctl.runtime.sequence.loss import IGNORED, shifted_targets
+from epctl.runtime.sequence.parallel import SequenceParallel, parallelize
+
+# Gradients below this share of the largest are zero but for rounding (a bias on keys: softmax does
+# not see it); they must stay as small.
+ZERO = 1e-6
+
+Gradients = dict[str, Tensor | None]
+
+
+def groups_of(sp: int) -> SequenceGroup:
+    if sp not in _GROUPS:
+        _GROUPS[sp] = create_sequence_group(sp)
+    return _GROUPS[sp]
+
+
+_GROUPS: dict[int, SequenceGroup] = {}
+
+
+def samples(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sample of each data-parallel place; `images` may differ between them."""
+    count = dist.get_world_size() // case["sp"]
+    images = case.get("images", 5)
+    per_place = images if isinstance(images, list) else [images] * count
+    kind = case.get("kind", "plain")
+    return [batch(case["model"], 10 + p, kind, per_place[p % len(per_place)]) for p in range(count)]
+
+
+def num_targets(inputs: dict[str, Any]) -> int:
+    return int((shifted_targets(inputs["labels"]) != IGNORED).sum())
+
+
+def unsharded(case: dict[str, Any], model: nn.Module) -> tuple[float, Gradients]:
+    """Loss and gradients over all samples together, on one rank."""
+    everything = samples(case)
+    total = sum(map(num_targets, everything))
+    loss = 0.0
+    for inputs in everything:
+        output = model(**inputs, use_cache=False, num_items_in_batch=total)
+        output.loss.backward()
+        loss += float(output.loss.detach())
+    return loss, take_gradients(model)
+
+
+def take_gradients(model: nn.Module) -> Gradients:
+    result = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return result
+
+
+def sharded(
+    case: dict[str, Any], model: nn.Module, parallel: SequenceParallel
+) -> tuple[float, Gradients]:
+    """The same by sequence parallelism; gradients are averaged over all ranks."""
+    everything = samples(case)
+    num_ranks = dist.get_world_size()
+    inputs = everything[dist.get_rank() // case["sp"]]
+    given = {}
+    if case.get("given_count", True):
+        given["num_items_in_batch"] = sum(map(num_targets, everything)) / num_ranks
+    output = model(**inputs, **given)
+    output.loss.backward()
+    loss = output.loss.detach().double()
+    dist.all_reduce(loss)
+    gradients = take_gradients(model)
+    for gradient in gradients.values():
+        if gradient is not None:
+            dist.all_reduce(gradient)
+            gradient /= num_ranks
+    return float(loss) / num_ranks, gradients
+
+
+def worst_error(found: Gradients, expected: Gradients) -> tuple[float, str]:
+    """Returns the largest relative error over parameters, and whose it is."""
+    norms = [float(g.norm()) for g in expected.values() if g is not None]
+    zero = ZERO * max(norms)
+    worst = (0.0, "")
+    for name, gradient in expected.items():
+        reference = torch.zeros(()) if gradient is None else gradient
+        own = found[name]
+        own = torch.zeros_like(reference) if own is None else own
+        norm, distance = float(reference.norm()), float((own - reference).norm())
+        error = distance / norm if norm > zero else (distance if distance > zero else 0.0) / zero
+        worst = max(worst, (error, name))
+    return worst
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    dtype = getattr(torch, case.get("dtype", "float32"))
+    model = build(case["model"], dtype=dtype, **case.get("changes", {}))
+    expected_loss, expected = unsharded(case, model)
+    if case.get("checkpointing"):
+        from epctl.runtime.build import checkpoint_activations
+
+        checkpoint_activations(model)
+    parallel = parallelize(
+        model,
+        groups_of(case["sp"]),
+        vision=case.get("vision", "aligned"),
+        encoder_outputs=case.get("encoder_outputs"),
+    )
+    loss, found = sharded(case, model, parallel)
+    error, name = worst_error(found, expected)
+    cuts = parallel.vision_cuts
+    layout = parallel.vision.layout if parallel.vision is not None else None
+    return {
+        "loss": loss,
+        "expected_loss": expected_loss,
+        "error": error,
+        "parameter": name,
+        "level": None if cuts is None else cuts.level,
+        "sizes": None if cuts is None else cuts.sizes,
+        "exchanges": None if layout is None else layout.num_exchanges,
+        "bytes": parallel.group.traffic.num_bytes,
+    }
+
+
+def main(folder: Path, cases: list[dict[str, Any]]) -> None:
+    seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
+    torch.set_num_threads(1)
+    results = {}
+    for case in cases:
+        try:
+            results[case["name"]] = run_case(case)
+        except Exception as error:
+            raise RuntimeError(f"in case {case['name']}") from error
+        gc.collect()
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave(0)
