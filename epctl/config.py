@@ -63,7 +63,9 @@ class ModelSection(Section):
 
 class DataSection(Section):
     train: Paths = Field(
-        (), description="files, folders, globs or one hub dataset id; default: local Python sources"
+        (),
+        description="files, folders, globs, or one hub dataset `org/name[:config][@revision]`; "
+        "default: local Python sources",
     )
     eval: Paths = Field((), description="the same, held out; default: a share of `train`")
     format: Literal["auto", "text", "messages"] = Field(
@@ -80,6 +82,12 @@ class DataSection(Section):
         0.02, gt=0, lt=0.5, description="share of documents held out when `eval` is not given"
     )
     shuffle: bool = Field(True, description="new order of sequences each epoch, from the seed")
+    streaming: Literal["auto", "always", "never"] = Field(
+        "auto", description="read a hub dataset over the network; auto: above 1 GiB of files"
+    )
+    shuffle_window: int = Field(
+        1024, ge=1, description="sequences of a stream that are shuffled together"
+    )
 
 
 class ParallelSection(Section):

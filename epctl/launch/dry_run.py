@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from epctl.config import ResolvedConfig, RunConfig, flat_values
 from epctl.errors import ConfigError
 from epctl.launch.command import launch_command, rank_environment
+from epctl.launch.dataset_reference import PinnedDataset
 from epctl.launch.devices import Placement
 from epctl.output import Output, format_bytes
 
@@ -56,6 +58,7 @@ def show_dry_run(
     folder: Path,
     deepspeed: Mapping[str, Any],
     rank_bytes: Mapping[str, int],
+    datasets: Mapping[str, PinnedDataset],
     output: Output,
 ) -> None:
     """Shows what would run."""
@@ -71,6 +74,7 @@ def show_dry_run(
             "command": command,
             "placement": placement.reason,
             "bytes_per_rank": rank_bytes,
+            "datasets": {use: asdict(dataset) for use, dataset in datasets.items()},
         }
     )
     width = max(map(len, values))
@@ -84,6 +88,9 @@ def show_dry_run(
         f"optimizer {format_bytes(rank_bytes['optimizer_state'])} (counted; gradients and "
         "activations come on top)"
     )
+    for use, dataset in datasets.items():
+        how = "streamed" if dataset.streaming else "downloaded"
+        output.text(f"{use} data: {dataset}, {how}")
     output.text("command: " + shlex.join(command))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from epctl.config import ResolvedConfig
+from epctl.launch.dataset_reference import is_dataset
 from epctl.output import Output
 
 MUON_ONLY = (
@@ -65,6 +66,13 @@ def ignored_settings(resolved: ResolvedConfig) -> Iterator[tuple[str, str]]:
         reason = "without MODEL and `--data` the embedded text is used"
         for name in ("eval", "format", "packing", "held_out_share", "shuffle"):
             yield f"data.{name}", reason
+    if not any(is_dataset(pattern) for pattern in (*config.data.train, *config.data.eval)):
+        for name in ("split", "eval_split", "streaming"):
+            yield f"data.{name}", "the data is no hub dataset"
+    if not any(is_dataset(pattern) for pattern in config.data.train):
+        yield "data.shuffle_window", "local data is shuffled whole"
+    elif not config.data.shuffle:
+        yield "data.shuffle_window", "`data.shuffle` is false"
     if config.data.eval:
         yield "data.held_out_share", "`--eval-data` is given"
     if config.run.checkpoint_every == 0:

@@ -14,6 +14,7 @@ from epctl.config import ResolvedConfig, RunConfig
 from epctl.errors import ConfigError
 from epctl.launch.check_command import check_settings, conclude
 from epctl.launch.command import launch_command, rank_environment
+from epctl.launch.dataset_reference import PinnedDataset, pin_datasets, write_datasets
 from epctl.launch.devices import Placement, count_gpus
 from epctl.launch.dry_run import count_state, show_dry_run
 from epctl.launch.ds_config import deepspeed_config
@@ -42,6 +43,7 @@ class Job:
     placement: Placement
     source: ModelSource | None
     checkpoint: Path | None
+    datasets: dict[str, PinnedDataset]
 
     @property
     def config(self) -> RunConfig:
@@ -79,7 +81,9 @@ def run_train(
         rank_bytes = count_state(
             job.config, model_config, job.placement, os.environ, bfloat16=job.bfloat16
         )
-        show_dry_run(resolved, job.placement, folder, job.deepspeed(), rank_bytes, output)
+        show_dry_run(
+            resolved, job.placement, folder, job.deepspeed(), rank_bytes, job.datasets, output
+        )
         return
     folder = reopen_run_folder(folder) if resume is not None else create_run_folder(folder)
     launch(job, folder, output, verbose=verbose, program="check" if check else "train")
@@ -114,15 +118,15 @@ def check_request(resolved: ResolvedConfig, output: Output) -> Job:
     require_node_settings(config)
     placement = place_job(config, count_gpus())
     validate_expert_parallel(config.parallel.ep, placement.num_ranks, num_experts)
-    for patterns, split in (
-        (config.data.train, config.data.split),
-        (config.data.eval, config.data.eval_split),
-    ):
-        if patterns:
-            find_records(patterns, split)
+    resumed = Path(config.run.resume) if config.run.resume is not None else None
+    datasets = pin_datasets(config.data, resumed)
+    for use, patterns in (("train", config.data.train), ("eval", config.data.eval)):
+        if patterns and use not in datasets:
+            find_records(patterns)
     require_tracker(config.run.track)
     warn_of_ignored_settings(resolved, output)
-    return Job(resolved, placement, source, checkpoint_to_resume(resolved, placement))
+    checkpoint = checkpoint_to_resume(resolved, placement)
+    return Job(resolved, placement, source, checkpoint, datasets)
 
 
 def launch(
@@ -150,6 +154,7 @@ def write_run_folder(job: Job, folder: Path, program: str) -> None:
     (folder / "ds_config.json").write_text(document, encoding="utf-8")
     if job.source is not None:
         fetch(job.source, job.config.model).write(folder)
+    write_datasets(job.datasets, folder)
     command = shlex.join(launch_command(folder, job.placement, program, job.config.launch))
     # The last file: a node that joins waits for it.
     (folder / "command.txt").write_text(command + "\n", encoding="utf-8")

@@ -176,8 +176,9 @@ def facts(event: Event) -> str:
 
 def data_line(event: Event) -> str:
     """Returns what the data came to."""
+    dataset = f"{event['dataset']}, " if event.get("dataset") else ""
     return (
-        f"data: {event['documents']:,} documents ({event['format']}), "
+        f"data: {dataset}{event['documents']:,} documents ({event['format']}), "
         f"{format_count(event['tokens'])} tokens, {event['targets'] / event['tokens']:.0%} of them "
         f"targets, {event['rows']:,} sequences and {event['held_out_rows']:,} held out"
     )

@@ -63,12 +63,12 @@ def pin(model_id: str, revision: str | None, endpoint: str) -> PinnedModel:
     from huggingface_hub import HfApi
 
     def ask() -> Any:
-        with _mapped_errors(model_id, revision):
+        with mapped_errors(model_id, revision):
             return HfApi(endpoint=endpoint).model_info(
                 model_id, revision=revision, timeout=SILENCE_LIMIT
             )
 
-    info = _with_retries(ask, f"`{model_id}`")
+    info = with_retries(ask, f"`{model_id}`")
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
     if not info.sha or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
         raise HubError(f"the hub names no commit for `{model_id}`")
@@ -136,10 +136,14 @@ def _read_whole(pinned: PinnedModel, file: str, limit: int) -> bytes:
 def _fetch(pinned: PinnedModel, file: str, first: int, count: int) -> tuple[bytes, int]:
     """Returns up to `count` bytes from `first` and the size of the file."""
     what = f"`{file}` of `{pinned.id}`"
-    return _with_retries(lambda: _request(pinned, file, first, count), what)  # type: ignore[no-any-return]
+    return with_retries(lambda: _request(pinned, file, first, count), what)  # type: ignore[no-any-return]
 
 
-def _with_retries(ask: Any, what: str) -> Any:
+def with_retries(ask: Any, what: str) -> Any:
+    """Returns what `ask` does, asked again where `mapped_errors` says that it may help.
+
+    Raises HubUnavailableError after `NUM_ATTEMPTS`.
+    """
     for attempt in range(NUM_ATTEMPTS):
         try:
             return ask()
@@ -147,7 +151,7 @@ def _with_retries(ask: Any, what: str) -> Any:
             if attempt == NUM_ATTEMPTS - 1:
                 raise HubUnavailableError(
                     f"{what} could not be read in {NUM_ATTEMPTS} attempts: {failure}",
-                    hint="try again later, or `hf download` the model and inspect the folder",
+                    hint="try again later, or `hf download` it and give the folder",
                 ) from None
             pause = 0.1 * 3**attempt if failure.pause is None else failure.pause
             time.sleep(min(pause, LONGEST_PAUSE))
@@ -163,7 +167,7 @@ def _request(pinned: PinnedModel, file: str, first: int, count: int) -> tuple[by
     headers["Range"] = f"bytes={first}-{first + count - 1}"
     headers["Accept-Encoding"] = "identity"  # ranges count stored bytes
     with (
-        _mapped_errors(pinned.id, pinned.sha, file),
+        mapped_errors(pinned.id, pinned.sha, file),
         get_session().stream(
             "GET", url, headers=headers, timeout=SILENCE_LIMIT, follow_redirects=True
         ) as response,
@@ -207,7 +211,9 @@ def _read_bounded(response: Any, wanted: int) -> bytes:
 
 
 @contextmanager
-def _mapped_errors(model_id: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+def mapped_errors(
+    model_id: str, revision: str | None, file: str | None = None, *, kind: str = "model"
+) -> Iterator[None]:
     """Turns huggingface_hub's errors into ours, those worth another attempt into _Retry."""
     from huggingface_hub import errors, get_token
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
@@ -218,14 +224,14 @@ def _mapped_errors(model_id: str, revision: str | None, file: str | None = None)
         known = "the token given has no access" if get_token() else "no token is set"
         raise HubError(
             f"`{model_id}` is gated and {known}",
-            hint="accept its terms on the model page, then `hf auth login` or set HF_TOKEN",
+            hint=f"accept its terms on the {kind}'s page, then `hf auth login` or set HF_TOKEN",
         ) from None
     except errors.RevisionNotFoundError:
         raise HubError(f"`{model_id}` has no revision `{revision}`") from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"the hub has no model `{model_id}`, or it is private",
-            hint="check the spelling; for a private model `hf auth login` or set HF_TOKEN",
+            f"the hub has no {kind} `{model_id}`, or it is private",
+            hint=f"check the spelling; for a private {kind} `hf auth login` or set HF_TOKEN",
         ) from None
     except errors.EntryNotFoundError:
         raise HubError(f"`{model_id}` has no file `{file}` at {revision}") from None

@@ -69,11 +69,19 @@ class TrainingData(Protocol):
 class PackedData:
     """Training data from packed rows."""
 
-    def __init__(self, train: PackedRows, held_out: PackedRows, seed: int, *, shuffle: bool):
+    def __init__(
+        self,
+        train: PackedRows,
+        held_out: PackedRows,
+        seed: int,
+        *,
+        shuffle: bool,
+        window: int | None = None,
+    ) -> None:
         self.train = train
         self.held_out = held_out
         self.num_train_rows: int | None = len(train)
-        self.order = RowOrder(len(train), seed, shuffle=shuffle)
+        self.order = RowOrder(len(train), seed, shuffle=shuffle, window=window)
 
     def train_batch(self, first: int, count: int) -> Batch:
         return _stack(self.train, [self.order.row_at(first + n) for n in range(count)])

@@ -1,7 +1,8 @@
 """Finds training records: text, jsonl and parquet files, folders, globs, or a hub dataset.
 
 Text and jsonl are read here, line by line, so that an error names file and line; parquet files
-and hub datasets are streamed by `datasets`. Nothing is read whole except a text file.
+are streamed by `datasets`, and hub datasets are in data_hub.py. Nothing is read whole except a text
+file.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from epctl.errors import HubError, InputError
+from epctl.errors import InputError
+from epctl.launch.dataset_reference import PinnedDataset
 
 Record = tuple[str, Mapping[str, Any]]  # where it stands, for messages; what it says
+NumberedRecord = tuple[int, Record]
 
 TEXT_KEY = "text"
 JSON_SUFFIXES = frozenset({".jsonl", ".json", ".ndjson"})
@@ -24,40 +27,52 @@ TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".tex", ".html", ".c", 
 PROBE_BYTES = 8192
 
 
+class RecordSource(Protocol):
+    """Records in lanes: pieces that can be read independently of each other, in a fixed order."""
+
+    in_part: bool  # a run of known length reads no more than it needs
+
+    @property
+    def num_lanes(self) -> int: ...
+
+    def records(self, lane: int = 0, first: int = 0, step: int = 1) -> Iterator[NumberedRecord]:
+        """Yields records `first`, `first + step` and so on of a lane, with their numbers in it."""
+
+
 @dataclass(frozen=True)
-class RecordSource:
-    """Local files, or one hub dataset (`org/name@revision`) when `dataset` is set."""
+class FileRecords:
+    """Local files, one lane, in the order given."""
 
-    files: tuple[Path, ...] = ()
-    dataset: str | None = None
-    split: str = "train"
+    files: tuple[Path, ...]
     text_key: str = TEXT_KEY
+    in_part = False
+    num_lanes = 1
 
-    def records(self) -> Iterator[Record]:
-        """Yields every record in a fixed order."""
-        if self.dataset is not None:
-            yield from _hub_records(self.dataset, self.split)
+    def records(self, lane: int = 0, first: int = 0, step: int = 1) -> Iterator[NumberedRecord]:
+        """Yields records `first`, `first + step` and so on, with their numbers."""
+        number = 0
         for path in self.files:
-            yield from _file_records(path, self.text_key)
+            for record in _file_records(path, self.text_key):
+                if number >= first and (number - first) % step == 0:
+                    yield number, record
+                number += 1
 
 
-def find_records(patterns: Sequence[str], split: str, text_key: str = TEXT_KEY) -> RecordSource:
-    """Returns what `patterns` name.
+def find_records(
+    patterns: Sequence[str], text_key: str = TEXT_KEY, dataset: PinnedDataset | None = None
+) -> RecordSource:
+    """Returns what `patterns` name: local files, or `dataset` when they name a hub dataset.
 
     Raises InputError for a pattern without files, an empty or a binary file.
     """
-    if len(patterns) == 1 and _is_dataset(patterns[0]):
-        return RecordSource(dataset=patterns[0], split=split)
+    if dataset is not None:
+        from epctl.runtime.data_hub import HubRecords
+
+        return HubRecords(dataset)
     files = [path for pattern in patterns for path in _expand(pattern)]
     for path in files:
         _check_file(path)
-    return RecordSource(files=tuple(dict.fromkeys(files)), text_key=text_key)
-
-
-def _is_dataset(pattern: str) -> bool:
-    name = pattern.partition("@")[0]
-    local = Path(pattern).exists() or any(c in name for c in "*?[") or name.startswith((".", "/"))
-    return not local and name.count("/") == 1 and not Path(name).suffix
+    return FileRecords(tuple(dict.fromkeys(files)), text_key)
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -74,7 +89,9 @@ def _expand(pattern: str) -> list[Path]:
         what = f"no file matches `{pattern}`"
     if not found:
         raise InputError(
-            what, hint="`--data` takes files, folders, globs or a hub dataset `org/name`"
+            what,
+            hint="`--data` takes files, folders, globs or a hub dataset "
+            "`org/name[:config][@revision]`",
         )
     return found
 
@@ -147,47 +164,19 @@ def _mapping(where: str, value: Any) -> Mapping[str, Any]:
 
 
 def _parquet_records(path: Path) -> Iterator[Record]:
+    from epctl.runtime.data_hub import load
+
     try:
-        rows = _load("parquet", data_files=str(path), split="train")
+        rows = load("parquet", data_files=str(path), split="train", streaming=True)
         for number, record in enumerate(rows, start=1):
             yield f"`{path}` row {number}", record
     except InputError:
         raise
     except Exception as error:  # `datasets` and pyarrow have many, of no common base
-        raise InputError(f"`{path}` cannot be read as parquet: {_first_line(error)}") from None
+        raise InputError(f"`{path}` cannot be read as parquet: {first_line(error)}") from None
 
 
-def _hub_records(dataset: str, split: str) -> Iterator[Record]:
-    from epctl.hub import PATIENT_CONNECT, connection_problem, offline
-
-    name, _, revision = dataset.partition("@")
-    problem = "HF_HUB_OFFLINE is set" if offline() else connection_problem(PATIENT_CONNECT)
-    if problem:
-        raise HubError(
-            f"dataset `{dataset}` cannot be read: {problem}, and there is no such file or folder",
-            hint="point `--data` at local text, jsonl or parquet files",
-        )
-    try:
-        rows = _load(name, revision=revision or None, split=split)
-        for number, record in enumerate(rows, start=1):
-            yield f"dataset `{name}` {split} record {number}", record
-    except InputError:
-        raise
-    except Exception as error:
-        raise HubError(f"dataset `{dataset}`, split `{split}`: {_first_line(error)}") from None
-
-
-def _load(kind: str, **arguments: Any) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError(
-            "parquet files and hub datasets need the package `datasets`",
-            hint="`pip install 'epctl[train]'`",
-        ) from None
-    return load_dataset(kind, streaming=True, **arguments)
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns an error's class and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no further word'}"

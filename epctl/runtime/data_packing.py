@@ -132,6 +132,10 @@ class PackedRows:
         positions[place:] = np.arange(self.length - place)
         return Row(ids, labels, positions)
 
+    def first(self, count: int) -> PackedRows:
+        """Returns the first `count` rows."""
+        return self._part(slice(0, count))
+
     def split_tail(self, share: float) -> tuple[PackedRows, PackedRows]:
         """Returns (all rows but the last, the last `share` of rows, at least one)."""
         count = max(1, round(len(self) * share))
@@ -145,21 +149,34 @@ class RowOrder:
     """Which row stands at a global position: a pure function of seed and position.
 
     Each pass over the rows is a permutation of its own, so a run resumes at any position without
-    replaying what came before.
+    replaying what came before. With `window` rows are permuted within windows of so many: the
+    order of the first windows is then the same whatever follows them.
     """
 
-    def __init__(self, num_rows: int, seed: int, *, shuffle: bool) -> None:
+    def __init__(
+        self, num_rows: int, seed: int, *, shuffle: bool, window: int | None = None
+    ) -> None:
         self.num_rows = num_rows
         self.seed = seed
         self.shuffle = shuffle
-        self._permutations: dict[int, Integers] = {}
+        self.window = window or num_rows
+        self._permutations: dict[tuple[int, int], Integers] = {}
 
     def row_at(self, position: int) -> int:
         epoch, place = divmod(position, self.num_rows)
         if not self.shuffle:
             return place
-        if epoch not in self._permutations:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            kept = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            self._permutations = kept | {epoch: generator.permutation(self.num_rows)}
-        return int(self._permutations[epoch][place])
+        part, place = divmod(place, self.window)
+        first = part * self.window
+        return first + int(self._permutation(epoch, part)[place])
+
+    def _permutation(self, epoch: int, part: int) -> Integers:
+        if (epoch, part) not in self._permutations:
+            # The first window is seeded as the whole is without windows.
+            seed = [self.seed, epoch, part] if part else [self.seed, epoch]
+            size = min(self.window, self.num_rows - part * self.window)
+            # The one before is kept: ranks' positions straddle the seam.
+            kept = dict(list(self._permutations.items())[-1:])
+            drawn = np.random.Generator(np.random.PCG64(seed)).permutation(size)
+            self._permutations = kept | {(epoch, part): drawn}
+        return self._permutations[epoch, part]

@@ -1,13 +1,15 @@
 """From the `[data]` settings to training data: find, tokenise once, pack. A collective.
 
-Each rank tokenises its share into the run folder; a resumed run finds the files there.
+Each rank tokenises its share into the run folder; a resumed run finds the files there, and reads on
+where they end if a stream was read in part and the run is longer now.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sysconfig
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import torch.distributed as dist
 
 from epctl.config import DataSection, RunConfig
 from epctl.errors import ConfigError, InputError
+from epctl.launch.dataset_reference import PinnedDataset, read_datasets
 from epctl.runtime.data_batch import PackedData
 from epctl.runtime.data_encode import ChatEncoder, Encoder, TextEncoder
-from epctl.runtime.data_files import RecordSource, find_records
+from epctl.runtime.data_files import NumberedRecord, RecordSource, find_records
 from epctl.runtime.data_packing import (
     Documents,
     PackedRows,
@@ -25,14 +28,16 @@ from epctl.runtime.data_packing import (
     stream_spans,
     whole_spans,
 )
+from epctl.runtime.data_reading import Progress, ShareReader, read_rounds
 from epctl.runtime.data_store import (
     DocumentWriter,
     StoredCounts,
     StoredDocuments,
-    encode_share,
+    encode,
     is_held_out,
 )
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.run_settings import num_steps, rows_per_step
 
 MANIFEST = "manifest.json"
 
@@ -49,6 +54,34 @@ class DataFacts:
     held_out_rows: int
     truncated: int
     without_target: int
+    dataset: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What lies in the folder: `generations` are the ranks that wrote each set of files."""
+
+    settings: dict[str, Any]
+    format: str
+    generations: list[int] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    counts: StoredCounts = field(default_factory=StoredCounts)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """Returns what was written, None before the first time."""
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        document = json.loads(path.read_text(encoding="utf-8"))
+        progress, counts = document.pop("progress"), document.pop("counts")
+        return cls(**document, progress=Progress(**progress), counts=StoredCounts(**counts))
+
+    def write(self, folder: Path) -> None:
+        staging = folder / f"{MANIFEST}.tmp"
+        document = asdict(self) | {"progress": self.progress._asdict()}
+        staging.write_text(json.dumps(document), encoding="utf-8")
+        staging.rename(folder / MANIFEST)
 
 
 def load_data(
@@ -56,53 +89,71 @@ def load_data(
 ) -> tuple[PackedData, DataFacts]:
     """Returns the data of a run, tokenised into `folder` unless it already is.
 
+    Hub datasets are read at the commits that the launcher pinned beside `folder`.
+
     Raises InputError (and HubError) for data that is missing, damaged or too little.
     """
-    source = training_source(config.data)
-    kind = _format(config.data, source)
-    if not (folder / MANIFEST).exists():
-        _prepare(config, folder, mesh, source, _encoder(config.data, kind, tokenizer), vocab_size)
-    counts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if counts["settings"] != _stored_settings(config.data):
+    data = config.data
+    pinned = read_datasets(folder.parent)
+    manifest = Manifest.read(folder)
+    if manifest is not None and manifest.settings != _stored_settings(data):
         raise ConfigError(
-            f"`{folder}` holds tokens of other data: {counts['settings']}",
+            f"`{folder}` holds tokens of other data: {manifest.settings}",
             hint="resume with the run's own `--data` settings, or start a new run",
         )
-    num_parts = counts["num_ranks"]
+    source = training_source(data, pinned.get("train"))
+    if manifest is None:
+        manifest = Manifest(_stored_settings(data), _format_on_rank_0(data, source, mesh))
+    wanted = _tokens_wanted(config, mesh, source, manifest.format)
+    if not _is_enough(manifest, wanted):
+        encoder = _encoder(data, manifest.format, tokenizer)
+        manifest = _prepare(config, folder, mesh, source, encoder, vocab_size, manifest, wanted)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    train, held_out = _rows(config, folder, num_parts, kind, pad_id)
+    train, held_out = _rows(config, folder, manifest, pad_id)
     lengths = train.documents.lengths
+    counts = manifest.counts
     facts = DataFacts(
-        format=kind,
-        documents=counts["documents"],
-        tokens=counts["tokens"],
-        targets=counts["targets"],
+        format=manifest.format,
+        documents=counts.documents,
+        tokens=counts.tokens,
+        targets=counts.targets,
         rows=len(train),
         held_out_rows=len(held_out),
-        truncated=int((lengths > train.length).sum()) if kind == "messages" else 0,
-        without_target=counts["without_target"],
+        truncated=int((lengths > train.length).sum()) if manifest.format == "messages" else 0,
+        without_target=counts.without_target,
+        dataset=str(pinned["train"]) if "train" in pinned else None,
     )
-    shuffle = config.data.shuffle
-    return PackedData(train, held_out, config.train.seed, shuffle=shuffle), facts
+    window = data.shuffle_window if source.in_part else None
+    return (
+        PackedData(train, held_out, config.train.seed, shuffle=data.shuffle, window=window),
+        facts,
+    )
 
 
 def _stored_settings(data: DataSection) -> dict[str, Any]:
     """Returns the settings that decide which tokens are stored; packing and order come later."""
-    later = {"packing", "shuffle"}
+    later = {"packing", "shuffle", "shuffle_window", "streaming"}
     values: dict[str, Any] = json.loads(data.model_dump_json(exclude=later))
     return values
 
 
-def training_source(data: DataSection) -> RecordSource:
+def training_source(data: DataSection, dataset: PinnedDataset | None) -> RecordSource:
     """Returns the training records; without `data.train`, this Python's own library sources."""
     patterns = data.train or (str(Path(sysconfig.get_paths()["stdlib"]) / "*.py"),)
-    return find_records(patterns, data.split, data.text_key)
+    return find_records(patterns, data.text_key, dataset)
+
+
+def _format_on_rank_0(data: DataSection, source: RecordSource, mesh: Mesh) -> str:
+    """Returns `messages` or `text`; one rank looks, so a download happens once."""
+    if data.format != "auto":
+        return data.format
+    found: list[Any] = [_format(data, source) if mesh.rank == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return str(found[0])
 
 
 def _format(data: DataSection, source: RecordSource) -> str:
-    if data.format != "auto":
-        return data.format
-    for _, record in source.records():
+    for _, (_, record) in source.records():
         return "messages" if data.messages_key in record else "text"
     raise InputError(f"`--data {' '.join(data.train)}` holds no record")
 
@@ -113,8 +164,38 @@ def _encoder(data: DataSection, kind: str, tokenizer: Any) -> Encoder:
     return TextEncoder(tokenizer, data.text_key)
 
 
-def _stem(folder: Path, split: str, rank: int) -> Path:
-    return folder / f"{split}-{rank:05d}"
+def _stem(folder: Path, split: str, generation: int, rank: int) -> Path:
+    return folder / f"{split}-{generation:02d}-{rank:05d}"
+
+
+def _stems(folder: Path, split: str, manifest: Manifest) -> list[Path]:
+    return [
+        _stem(folder, split, generation, rank)
+        for generation, num_ranks in enumerate(manifest.generations)
+        for rank in range(num_ranks)
+    ]
+
+
+def _tokens_wanted(config: RunConfig, mesh: Mesh, source: RecordSource, kind: str) -> int | None:
+    """Returns how many tokens to read of what need not be read whole; None for all."""
+    if config.train.epochs is not None or not source.in_part:
+        return None
+    num_rows = num_steps(config.train, mesh, None) * rows_per_step(config.train, mesh.num_ranks)
+    # Whole windows, so that their order does not change when the run goes on further.
+    window = config.data.shuffle_window
+    return _tokens_that_fill(math.ceil(num_rows / window) * window, config, kind)
+
+
+def _tokens_that_fill(num_rows: int, config: RunConfig, kind: str) -> int:
+    """Returns tokens that fill `num_rows` rows and begin another, however they are packed."""
+    # Two neighbours among rows of whole documents always hold more than one row's length.
+    factor = 2 if kind == "messages" else 1
+    return factor * (num_rows + 1) * config.train.sequence_length
+
+
+def _is_enough(manifest: Manifest, wanted: int | None) -> bool:
+    progress = manifest.progress
+    return progress.exhausted or (wanted is not None and progress.tokens >= wanted)
 
 
 def _prepare(
@@ -124,75 +205,93 @@ def _prepare(
     source: RecordSource,
     encoder: Encoder,
     vocab_size: int,
-) -> None:
-    """Tokenises this rank's share; the manifest is written when every rank is done."""
-    data = config.data
+    before: Manifest,
+    wanted: int | None,
+) -> Manifest:
+    """Tokenises this rank's share of what `before` lacks; the manifest comes last."""
+    data, length = config.data, config.train.sequence_length
     folder.mkdir(parents=True, exist_ok=True)
-    writers = {name: DocumentWriter(_stem(folder, name, mesh.rank)) for name in ("train", "eval")}
+    generation = len(before.generations)
+    writers = {
+        name: DocumentWriter(_stem(folder, name, generation, mesh.rank))
+        for name in ("train", "eval")
+    }
+
+    def add(split: str, number: int, item: NumberedRecord) -> int:
+        document = encode(item[1], encoder, vocab_size)
+        stored = writers[split].add(number, document)
+        # Of a chat longer than a row only the row's length is used.
+        return min(stored, length) if before.format == "messages" else stored
+
     share = 0.0 if data.eval else data.held_out_share
-    budget = _token_budget(config, mesh) if source.dataset else None
-    for index, document in encode_share(
-        source.records(), mesh.rank, mesh.num_ranks, encoder, vocab_size
-    ):
-        writers["eval" if is_held_out(index, share) else "train"].add(index, document)
-        if budget is not None and writers["train"].counts.tokens >= budget:
-            break
-    if data.eval:
-        held_out = find_records(data.eval, data.eval_split, data.text_key)
-        for index, document in encode_share(
-            held_out.records(), mesh.rank, mesh.num_ranks, encoder, vocab_size
-        ):
-            writers["eval"].add(index, document)
+
+    def add_training(number: int, item: NumberedRecord) -> int:
+        if is_held_out(number, share):
+            add("eval", number, item)
+            return 0
+        return add("train", number, item)
+
+    if data.eval and not generation:
+        held_out = find_records(data.eval, data.text_key, read_datasets(folder.parent).get("eval"))
+        reader = ShareReader(held_out, mesh.rank, mesh.num_ranks)
+        needed = _held_out_tokens(config, mesh, held_out, before.format)
+        read_rounds(reader, Progress(), needed, lambda n, item: add("eval", n, item), _over_ranks)
+    reader = ShareReader(source, mesh.rank, mesh.num_ranks, before.progress.records)
+    progress = read_rounds(reader, before.progress, wanted, add_training, _over_ranks)
     counts = {name: writer.close() for name, writer in writers.items()}
     gathered: list[Any] = [None] * mesh.num_ranks
     dist.all_gather_object(gathered, counts["train"])
-    if mesh.rank == 0:
-        _write_manifest(folder, gathered, _stored_settings(data))
-    dist.barrier()
-
-
-def _token_budget(config: RunConfig, mesh: Mesh) -> int | None:
-    """Tokens a rank needs of a hub dataset: a run of known length reads no further."""
-    train = config.train
-    if train.epochs is not None:
-        return None
-    tokens_per_step = (
-        train.micro_batch_size
-        * train.gradient_accumulation_steps
-        * train.sequence_length
-        * mesh.num_ranks
+    manifest = Manifest(
+        before.settings,
+        before.format,
+        [*before.generations, mesh.num_ranks],
+        progress,
+        sum(gathered, before.counts),
     )
-    total = train.tokens if train.tokens is not None else train.steps * tokens_per_step
-    return (total + tokens_per_step) // mesh.num_ranks + train.sequence_length
+    if mesh.rank == 0:
+        manifest.write(folder)
+    dist.barrier()
+    return manifest
 
 
-def _write_manifest(folder: Path, gathered: list[StoredCounts], settings: dict[str, Any]) -> None:
-    names = asdict(StoredCounts()).keys()
-    totals = {name: sum(getattr(counts, name) for counts in gathered) for name in names}
-    staging = folder / f"{MANIFEST}.tmp"
-    document = {"num_ranks": len(gathered), **totals, "settings": settings}
-    staging.write_text(json.dumps(document), encoding="utf-8")
-    staging.rename(folder / MANIFEST)
+def _held_out_tokens(config: RunConfig, mesh: Mesh, source: RecordSource, kind: str) -> int | None:
+    """Returns the tokens that an evaluation looks at; None to read all of a source."""
+    if not source.in_part:
+        return None
+    train = config.train
+    num_rows = train.eval_batches * train.micro_batch_size * mesh.num_ranks
+    return _tokens_that_fill(num_rows, config, kind)
+
+
+def _over_ranks(tokens: int, exhausted: bool) -> tuple[int, bool]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (tokens, exhausted))
+    return sum(item[0] for item in gathered), all(item[1] for item in gathered)
 
 
 def _rows(
-    config: RunConfig, folder: Path, num_parts: int, kind: str, pad_id: int
+    config: RunConfig, folder: Path, manifest: Manifest, pad_id: int
 ) -> tuple[PackedRows, PackedRows]:
     """Returns (training rows, held-out rows): by document, or the last rows of too few documents.
+
+    Of a stream that goes on, the rows of whole windows: the last ones may change with what follows.
 
     Raises InputError if there are not two rows.
     """
     length = config.train.sequence_length
     train, held_out = (
         _packed(
-            StoredDocuments([_stem(folder, split, rank) for rank in range(num_parts)]),
+            StoredDocuments(_stems(folder, split, manifest)),
             length,
-            kind,
+            manifest.format,
             pad_id,
             packing=config.data.packing,
         )
         for split in ("train", "eval")
     )
+    if not manifest.progress.exhausted:
+        window = config.data.shuffle_window
+        train = train.first((len(train) - 1) // window * window)
     if not len(held_out) or not len(train):
         whole = train if len(train) else held_out
         if len(whole) < 2:

@@ -1,13 +1,13 @@
 """Tokenised documents on disk: every rank writes a share, every rank reads all of them.
 
-Rank K tokenises records K, K + N, K + 2N and so on, so the order of documents does not depend on
-the number of ranks. Files hold plain numbers; memory stays at the page cache's mercy however large
-the data is.
+Documents stand in the order of their numbers (data_reading.py), which do not depend on the number
+of ranks. Files hold plain numbers; memory stays at the page cache's mercy however large the data
+is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,16 @@ SPREAD = 0x9E3779B97F4A7C15
 
 @dataclass
 class StoredCounts:
-    """What one rank wrote."""
+    """What was written, by one rank or by all of them."""
 
     documents: int = 0
     tokens: int = 0
     targets: int = 0
     without_target: int = 0
+
+    def __add__(self, other: StoredCounts) -> StoredCounts:
+        mine, theirs = vars(self), vars(other)
+        return StoredCounts(**{name: mine[name] + theirs[name] for name in mine})
 
 
 class DocumentWriter:
@@ -44,21 +48,22 @@ class DocumentWriter:
         self._trained = stem.with_suffix(".trained").open("wb")
         self._rows: list[tuple[int, int]] = []
 
-    def add(self, index: int, document: Encoded) -> None:
-        """Adds the document that is record `index` of the source; skips one without a target."""
+    def add(self, number: int, document: Encoded) -> int:
+        """Adds the document of record `number`; returns its tokens, 0 for one without a target."""
         ids = np.asarray(document.ids, dtype=ID_TYPE)
         trained = np.ones(len(ids), dtype=np.uint8)
         if document.trained is not None:
             trained = np.asarray(document.trained, dtype=np.uint8)
         if not trained[1:].any():
             self.counts.without_target += 1
-            return
+            return 0
         self._ids.write(ids.tobytes())
         self._trained.write(trained.tobytes())
-        self._rows.append((index, len(ids)))
+        self._rows.append((number, len(ids)))
         self.counts.documents += 1
         self.counts.tokens += len(ids)
         self.counts.targets += int(trained[1:].sum())
+        return len(ids)
 
     def close(self) -> StoredCounts:
         self._ids.close()
@@ -106,22 +111,18 @@ def is_held_out(index: int, share: float) -> bool:
     return (index * SPREAD) % 2**64 < share * 2**64
 
 
-def encode_share(
-    records: Iterable[Record], rank: int, num_ranks: int, encoder: Encoder, vocab_size: int
-) -> Iterator[tuple[int, Encoded]]:
-    """Yields (record number, document) of this rank's records.
+def encode(record: Record, encoder: Encoder, vocab_size: int) -> Encoded:
+    """Returns the document of a record.
 
     Raises InputError for a record that is none, or a token id that the model has no row for.
     """
-    for index, (where, record) in enumerate(records):
-        if index % num_ranks != rank:
-            continue
-        document = encoder(record, where)
-        highest = max(document.ids, default=0)
-        if highest >= vocab_size:
-            raise InputError(
-                f"{where}: token id {highest}, but the model's vocabulary ends at "
-                f"{vocab_size - 1}: the tokenizer belongs to another model",
-                hint="give the model's own tokenizer with `--tokenizer PATH|ID`",
-            )
-        yield index, document
+    where, values = record
+    document = encoder(values, where)
+    highest = max(document.ids, default=0)
+    if highest >= vocab_size:
+        raise InputError(
+            f"{where}: token id {highest}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}: the tokenizer belongs to another model",
+            hint="give the model's own tokenizer with `--tokenizer PATH|ID`",
+        )
+    return document

@@ -1,7 +1,5 @@
 """`epctl train org/name`: the weights and the tokenizer come from the hub at the pinned commit."""
 
-import json
-import re
 from pathlib import Path
 
 import pytest
@@ -10,41 +8,6 @@ from tiny_moonlight import write_tiny_moonlight
 from epctl.config import ModelSection
 from epctl.errors import HubError
 from epctl.launch.model_reference import LocalModel, fetch, open_reference
-
-
-@pytest.fixture(autouse=True)
-def _downloads(hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Teaches the loopback hub what a download asks for besides inspecting: trees and HEAD."""
-    import loopback
-
-    answer = loopback._Handler.do_GET
-
-    def do_get(self) -> None:
-        match = re.fullmatch(r"/api/models/(.+)/tree/[^?]+(\?.*)?", self.path)
-        if match is None:
-            return answer(self)
-        files = hub.files[match[1]]
-        tree = [
-            {"type": "file", "path": name, "size": len(data), "oid": name}
-            for name, data in files.items()
-        ]
-        body = json.dumps(tree).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_head(self) -> None:
-        match = re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", self.path.split("?")[0])
-        data = hub.files[match[1]].get(match[3])
-        self.send_response(404 if data is None else 200)
-        self.send_header("X-Repo-Commit", match[2])
-        self.send_header("ETag", f'"{match[3]}"')
-        self.send_header("Content-Length", str(len(data or b"")))
-        self.end_headers()
-
-    monkeypatch.setattr(loopback._Handler, "do_GET", do_get)
-    monkeypatch.setattr(loopback._Handler, "do_HEAD", do_head, raising=False)
 
 
 @pytest.fixture

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from epctl.errors import HubError, InputError
+from epctl.launch.dataset_reference import pin_dataset
 from epctl.runtime.data_encode import TextEncoder
 from epctl.runtime.data_files import find_records
-from epctl.runtime.data_store import DocumentWriter, StoredDocuments, encode_share, is_held_out
+from epctl.runtime.data_reading import ShareReader
+from epctl.runtime.data_store import DocumentWriter, StoredDocuments, encode, is_held_out
 from epctl.runtime.default_model import byte_tokenizer
 
 
 def texts(patterns: list[str]) -> list[Any]:
-    return [record["text"] for _, record in find_records(patterns, "train").records()]
+    return [record["text"] for _, (_, record) in find_records(patterns).records()]
 
 
 def test_text_jsonl_json_parquet_folders_and_globs(tmp_path: Path) -> None:
@@ -54,17 +58,67 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, said: str) -> 
 def test_patterns_without_files(tmp_path: Path) -> None:
     for pattern in (str(tmp_path / "*.txt"), str(tmp_path / "none.jsonl"), str(tmp_path)):
         with pytest.raises(InputError) as caught:
-            find_records([pattern], "train")
+            find_records([pattern])
         assert pattern in str(caught.value)
 
 
-def test_a_hub_dataset_without_network_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_without_network_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    source = find_records(["org/name@main"], "train")
-    assert source.dataset == "org/name@main"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set") as caught:
-        list(source.records())
+        pin_dataset("org/name@main", "train", "auto")
     assert "--data" in str(caught.value.hint)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (tmp_path / "org___name" / "default" / "0.0.0" / commit).mkdir(parents=True)
+    for reference in ("org/name", "org/name@main", f"org/name@{commit}"):
+        assert pin_dataset(reference, "train", "always").sha == commit
+    assert not pin_dataset("org/name", "train", "always").streaming
+    for reference in ("org/name@v2", f"org/name@{'f' * 40}", "org/other"):
+        with pytest.raises(HubError, match="not in the cache"):
+            pin_dataset(reference, "train", "auto")
+
+
+class Lanes:
+    """Records of given numbers of lanes' lengths, none of them opened before it is asked for."""
+
+    in_part = True
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = lengths
+        self.num_lanes = len(lengths)
+
+    def records(self, lane: int = 0, first: int = 0, step: int = 1) -> Any:
+        for number in range(first, self.lengths[lane], step):
+            yield number, (f"{lane}:{number}", {})
+
+
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    num_ranks=st.integers(1, 5),
+    stops=st.lists(st.integers(1, 15), max_size=3),
+)
+def test_every_record_is_read_once_whatever_ranks_and_rounds(
+    lengths: list[int], num_ranks: int, stops: list[int]
+) -> None:
+    source = Lanes(*lengths)
+    seen: list[int] = []
+    first = 0
+    for stop in [*sorted(stops), None]:
+        # Each time as a continued run does: new readers that begin where the others stopped.
+        for rank in range(num_ranks):
+            reader = ShareReader(source, rank, num_ranks, first)
+            found = list(reader.read(stop))
+            assert all(
+                where == f"{n % len(lengths)}:{n // len(lengths)}" for n, (where, _) in found
+            )
+            seen += [number for number, _ in found]
+        # What complete rounds hold is a prefix of the order.
+        bound = stop if stop is not None else max(lengths)
+        numbers = {i * len(lengths) + lane for lane, n in enumerate(lengths) for i in range(n)}
+        assert sorted(seen) == sorted(n for n in numbers if n // len(lengths) < bound)
+        first = bound
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -76,8 +130,8 @@ def test_documents_stand_in_the_order_of_the_source_whatever_the_ranks(
     stems = [tmp_path / f"train-{rank}" for rank in range(num_ranks)]
     for rank, stem in enumerate(stems):
         writer = DocumentWriter(stem)
-        for index, document in encode_share(records, rank, num_ranks, encoder, 260):
-            writer.add(index, document)
+        for number, record in list(enumerate(records))[rank::num_ranks]:
+            writer.add(number, encode(record, encoder, 260))
         writer.close()
     stored = StoredDocuments(stems)
     assert stored.lengths.tolist() == [2 * (n + 1) + 1 for n in range(11)]
@@ -89,7 +143,7 @@ def test_documents_stand_in_the_order_of_the_source_whatever_the_ranks(
 def test_token_ids_beyond_the_vocabulary_are_another_models_tokenizer() -> None:
     encoder = TextEncoder(byte_tokenizer(), "text")
     with pytest.raises(InputError, match="token id 257, but the model's vocabulary ends at 199"):
-        list(encode_share([("here", {"text": "a"})], 0, 1, encoder, 200))
+        encode(("here", {"text": "a"}), encoder, 200)
 
 
 def test_held_out_documents_come_from_all_over() -> None:

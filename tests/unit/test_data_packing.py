@@ -116,6 +116,17 @@ def test_order_is_a_permutation_a_pass_new_each_pass_and_needs_no_history() -> N
     assert [plain.row_at(p) for p in range(5)] == [0, 1, 2, 0, 1]
 
 
+def test_windows_keep_their_order_whatever_follows_them() -> None:
+    short, long = (RowOrder(n, seed=1, shuffle=True, window=4) for n in (8, 14))
+    first = [short.row_at(p) for p in range(8)]
+    assert [long.row_at(p) for p in range(8)] == first
+    assert sorted(first[:4]) == [0, 1, 2, 3]
+    drawn = [long.row_at(p) for p in range(28)]
+    assert sorted(drawn[:14]) == sorted(drawn[14:]) == list(range(14))
+    assert drawn[:14] != drawn[14:]
+    assert [long.row_at(p) for p in (27, 3, 20)] == [drawn[p] for p in (27, 3, 20)]
+
+
 def packed_batch() -> tuple[Batch, list[list[int]]]:
     documents = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     listed = Listed(*documents)

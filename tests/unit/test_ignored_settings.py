@@ -15,6 +15,8 @@ from epctl.launch.ignored import ignored_settings
         (["optim.name=adamw"], {"optim.nesterov", "optim.per_head", "optim.newton_schulz"}),
         (["optim.qk_clip=100"], {"optim.attention_logit_interval"}),
         (["optim.schedule=linear"], {"optim.decay_ratio"}),
+        (["data.train=local.txt"], {"data.split", "data.streaming", "data.shuffle_window"}),
+        (["data.train=org/data", "data.shuffle=false"], {"data.shuffle_window"}),
     ],
 )
 def test_settings_without_effect(settings: list[str], ignored: set[str]) -> None:
@@ -26,6 +28,11 @@ def test_settings_without_effect(settings: list[str], ignored: set[str]) -> None
 def test_the_default_muon_run_uses_every_optimizer_setting_but_one() -> None:
     told = {key for key, _ in ignored_settings(resolve_config(flags={}))}
     assert {key for key in told if key.startswith("optim.")} == {"optim.decay_ratio"}
+
+
+def test_a_hub_dataset_uses_its_settings() -> None:
+    told = {k for k, _ in ignored_settings(resolve_config(settings=["data.train=org/d"], flags={}))}
+    assert not {key for key in told if key.startswith("data.")}
 
 
 def test_only_real_settings_are_named() -> None:
