@@ -43,6 +43,9 @@ TokenizerOption = Annotated[
 TrustRemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the tokenizer's code, if pinned.")
 ]
+ProfileOption = Annotated[
+    bool, typer.Option("--profile", help="Trace three steps; say where their time went.")
+]
 TrackOption = Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")]
 ResumeOption = Annotated[
     Path | None, typer.Option(help="Run folder: go on from its newest checkpoint.")

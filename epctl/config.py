@@ -195,6 +195,9 @@ class RunSection(Section):
         0, ge=0, description="steps between checkpoints that `--resume` continues; 0 is off"
     )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    profile: bool = Field(
+        False, description="trace three steps of rank 0 and say where their time went"
+    )
     track: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="experiment tracker beside metrics.jsonl"
     )

@@ -92,6 +92,10 @@ class RunView:
     def _on_checkpoint(self, event: Event) -> None:
         self.output.note(f"checkpoint of step {event['step']}: {event['folder']}")
 
+    def _on_profile(self, event: Event) -> None:
+        self.output.panel(profile_table(event))
+        self.output.note(f"trace of {event['steps']} steps: {event['folder']}/trace.json")
+
     def _on_sample(self, event: Event) -> None:
         self.samples[event["when"]] = event
 
@@ -210,6 +214,19 @@ def plan_panel(event: Event) -> Table:
     )
     for name, value in _plan_rows(event):
         table.add_row(name, value)
+    return table
+
+
+def profile_table(event: Event) -> Table:
+    """Returns where the time of the profiled steps went; communication: what work did not hide."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=f"time of {event['steps']} steps, rank 0", box=box.ROUNDED, title_style="")
+    for name in ("part", "ms a step", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for row in event["rows"]:
+        table.add_row(row["part"], f"{row['ms'] / event['steps']:,.1f}", f"{row['share']:.1%}")
     return table
 
 

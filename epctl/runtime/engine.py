@@ -22,6 +22,7 @@ from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
 from epctl.runtime.optimizer import MatrixOptimizer
 from epctl.runtime.parameter_groups import parameter_groups, row_blocks
+from epctl.runtime.profile import annotate
 from epctl.runtime.qk_clip import clip_factors
 from epctl.runtime.schedule import rate_factor
 
@@ -172,7 +173,8 @@ def train_step(
             norm = seams.clip_gradients_zero0(engine, mesh, bound)
         if engine.is_gradient_accumulation_boundary():
             _before_optimizer_step(engine, config, norm)
-        engine.step()
+        with annotate("optimizer"):
+            engine.step()
         total += result.loss.detach().double()
     scheduler.step()
     dist.all_reduce(total)

@@ -28,6 +28,7 @@ from epctl.runtime.engine import count_state_bytes, create_engine
 from epctl.runtime.events import EventLog
 from epctl.runtime.load import CheckpointWeights
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.profile import StepProfiler, require_steps_to_profile
 from epctl.runtime.recompute import checkpoint_activations
 from epctl.runtime.report import plan_of
 from epctl.runtime.restart import first_checkpoint
@@ -69,6 +70,9 @@ def train(run_folder: Path) -> None:
     loop = TrainLoop(
         engine, scheduler, config, mesh, data, events, model.tokenizer, save_checkpoint
     )
+    if config.run.profile:
+        loop.profiler = StepProfiler(run_folder / "profile", mesh.rank, device, first_step)
+        require_steps_to_profile(config.train.steps, first_step)
     loop.evaluate("before", first_step)
     loop.sample("before")
     loop.run(first_step)

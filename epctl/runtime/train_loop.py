@@ -13,6 +13,7 @@ from epctl.runtime.engine import train_step
 from epctl.runtime.evaluate import held_out_loss, sample_continuation
 from epctl.runtime.events import EventLog
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.profile import StepProfiler, profiled
 from epctl.runtime.report import attention_facts, expert_load, peak_memory
 from epctl.runtime.run_settings import rows_per_step, tokens_per_step
 
@@ -31,14 +32,18 @@ class TrainLoop:
     events: EventLog
     tokenizer: Any
     save_checkpoint: Callable[[int], None] = field(default=lambda step: None)
+    profiler: StepProfiler | None = None
 
     def run(self, first_step: int = 0) -> None:
         """Trains from `first_step` (0 for a fresh run) to the end."""
         train = self.config.train
         clock = _Clock(tokens_per_step(train, self.mesh.num_ranks))
         for step in range(first_step, train.steps):
-            batches = list(self.batches(step))
-            loss, norm = train_step(self.engine, self.scheduler, batches, self.config, self.mesh)
+            with profiled(self.profiler, step, self.events):
+                batches = list(self.batches(step))
+                loss, norm = train_step(
+                    self.engine, self.scheduler, batches, self.config, self.mesh
+                )
             done = step + 1
             clock.tick()
             if done % train.report_every == 0 or done in (first_step + 1, train.steps):

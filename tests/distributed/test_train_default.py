@@ -116,14 +116,22 @@ def test_checkpoint_loads_in_transformers_and_gives_the_trainers_held_out_loss(
 
 
 def test_json_mode_writes_only_json_lines_to_stdout(tmp_path: Path) -> None:
-    flags = ["--ep=2", "--zero=1", "--optim=adamw", "--steps=2", "--json"]
+    flags = ["--ep=2", "--zero=1", "--optim=adamw", "--steps=6", "--json", "--profile"]
     result = run_epctl(*flags, "-o", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr
     kinds = [json.loads(line)["event"] for line in result.stdout.splitlines()]
     assert kinds[0] == "start"
     assert kinds[-1] == "done"
-    assert {"plan", "eval", "step", "sample", "saved"} <= set(kinds)
+    assert {"plan", "eval", "step", "sample", "saved", "profile"} <= set(kinds)
     assert result.stderr == ""
+    shares = {
+        row["part"]: row["share"]
+        for event in events(tmp_path / "run")
+        if event["event"] == "profile"
+        for row in event["rows"]
+    }
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert min(shares["compute"], shares["optimizer"], shares["expert exchange"]) > 0
     plan = next(e for e in events(tmp_path / "run") if e["event"] == "plan")
     assert plan["num_muon"] == 0
     assert plan["num_adamw"] == plan["num_parameters"]
