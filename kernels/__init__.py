@@ -3,7 +3,16 @@
 Installed as `epctl.kernels`. Nothing here imports the rest of epctl, and nothing prints.
 """
 
+from epctl.kernels.activation import Activation, ExpertBiases
 from epctl.kernels.dispatch import Choice, choose_implementation, moe_mlp, route
 from epctl.kernels.router_logits import router_logits
 
-__all__ = ["Choice", "choose_implementation", "moe_mlp", "route", "router_logits"]
+__all__ = [
+    "Activation",
+    "Choice",
+    "ExpertBiases",
+    "choose_implementation",
+    "moe_mlp",
+    "route",
+    "router_logits",
+]

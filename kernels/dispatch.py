@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from epctl.kernels import grouped_mm, reference
-from epctl.kernels.reference import GroupScore, ScoreFunction
+from epctl.kernels.activation import NO_BIASES, SWIGLU, Activation, ExpertBiases
+from epctl.kernels.reference import NORMALIZE_EPSILON, GroupScore, ScoreFunction
 
 Implementation = Literal["triton", "grouped_mm", "reference"]
 
@@ -99,6 +100,7 @@ def route(
     group_score: GroupScore = "top2_sum",
     normalize: bool,
     normalize_floor: float | None = None,
+    normalize_epsilon: float = NORMALIZE_EPSILON,
     scale: float,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,8 @@ def route(
         num_groups: equal groups of neighbouring experts.
         top_groups: groups that a token may choose from; the others count as minus infinity.
         group_score: a group's score, the sum of its two best experts or its best (DeepSeek-V2).
-        normalize: divide a token's weights by their sum, plus 1e-20 as DeepSeek-V3 does.
+        normalize: divide a token's weights by their sum plus `normalize_epsilon`.
+        normalize_epsilon: 1e-20 as in DeepSeek-V3; LFM2 has 1e-6.
         normalize_floor: with it the divisor is the sum, but no less than this (ERNIE-4.5).
         scale: factor on every weight, after normalisation.
         implementation: overrides the choice of `choose_implementation`.
@@ -142,6 +145,7 @@ def route(
         group_score=group_score,
         normalize=normalize,
         normalize_floor=normalize_floor,
+        normalize_epsilon=normalize_epsilon,
         scale=scale,
     )
 
@@ -150,44 +154,55 @@ def moe_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     w2_EDI: Tensor,
     *,
+    biases: ExpertBiases = NO_BIASES,
+    activation: Activation = SWIGLU,
     recompute: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
-    """Returns `sum_k weights * w2 (silu(w1 x) * w3 x)` over the experts held here, [T, D].
+    """Returns `sum_k weights * (w2 activation(w1 x + b1, w3 x + b3) + b2)` over the experts here.
 
-    Differentiable in `x_TD`, `weights_TK` and the three weights. Any number of tokens, also none,
-    and any number of rows an expert, also none: such an expert's gradient is zero, never missing.
+    [T, D]; without more arguments the activation is `silu(w1 x) * w3 x` and there are no biases.
+    Differentiable in `x_TD`, `weights_TK`, the weights and the biases. Any number of tokens, also
+    none, and any number of rows an expert, also none: such an expert's gradient is zero, never
+    missing.
 
     Args:
         x_TD: tokens, in the dtype of the result.
         experts_TK: integer, 0 to E-1; -1 is "held elsewhere": it adds nothing, and its weight's
             gradient is zero.
         weights_TK: the router's weights, float32.
-        w1_EID: gate projections.
+        w1_EID: gate projections; None for experts without a gate.
         w3_EID: up projections.
         w2_EDI: down projections.
+        biases: of the three projections, in the dtype of the weights.
+        activation: what stands between the projections; see `Activation`.
         recompute: keep no pre-activation for the backward but compute it again, which saves 4KI
             bytes a token in bf16 and costs two ninths more arithmetic. Only the Triton kernels
             take notice. Without it a second backward over the same graph raises.
         implementation: overrides the choice of `choose_implementation`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        ValueError: shapes or dtypes that do not fit each other, or an unknown activation.
     """
-    _check_shapes(x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI)
+    activation.check(gated=w1_EID is not None)
+    _check_shapes(x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases)
     choice = choose_implementation(x_TD.device, x_TD.dtype, implementation)
-    if choice.implementation == "triton":
+    has_kernel = w1_EID is not None and activation.is_swiglu and biases == NO_BIASES
+    if choice.implementation == "triton" and has_kernel:
         from epctl.kernels import moe
 
+        assert w1_EID is not None
         return moe.moe_mlp(
             x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, recompute=recompute
         )
-    fallback = grouped_mm if choice.implementation == "grouped_mm" else reference
-    y_TD: Tensor = fallback.moe_mlp(x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI)
+    fallback = reference if choice.implementation == "reference" else grouped_mm
+    y_TD: Tensor = fallback.moe_mlp(
+        x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, activation
+    )
     return y_TD
 
 
@@ -195,19 +210,26 @@ def _check_shapes(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     w2_EDI: Tensor,
+    biases: ExpertBiases,
 ) -> None:
     num_tokens, hidden = x_TD.shape
-    num_experts, intermediate, _ = w1_EID.shape
-    needed: tuple[tuple[str, Tensor, tuple[int, ...]], ...] = (
+    num_experts, intermediate, _ = w3_EID.shape
+    inward = (num_experts, intermediate, hidden)
+    needed: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
         ("experts_TK", experts_TK, (num_tokens, experts_TK.shape[-1])),
         ("weights_TK", weights_TK, tuple(experts_TK.shape)),
-        ("w1_EID", w1_EID, (num_experts, intermediate, hidden)),
-        ("w3_EID", w3_EID, (num_experts, intermediate, hidden)),
+        ("w1_EID", w1_EID, inward),
+        ("w3_EID", w3_EID, inward),
         ("w2_EDI", w2_EDI, (num_experts, hidden, intermediate)),
+        ("biases.gate_EI", biases.gate_EI, inward[:2]),
+        ("biases.up_EI", biases.up_EI, inward[:2]),
+        ("biases.down_ED", biases.down_ED, (num_experts, hidden)),
     )
     for name, tensor, shape in needed:
-        if tuple(tensor.shape) != shape:
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}; it must be {shape}")
+    if w1_EID is None and biases.gate_EI is not None:
+        raise ValueError("biases.gate_EI is given, but the experts have no gate")

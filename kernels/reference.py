@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from epctl.kernels.activation import NO_BIASES, SWIGLU, Activation, ExpertBiases
+
 ScoreFunction = Literal["sigmoid", "softmax", "sqrt_softplus", "topk_softmax", "topk_sigmoid"]
 GroupScore = Literal["top2_sum", "max"]
 
@@ -59,6 +61,7 @@ def route(
     group_score: GroupScore = "top2_sum",
     normalize: bool,
     normalize_floor: float | None = None,
+    normalize_epsilon: float = NORMALIZE_EPSILON,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns each token's weights (float32 [T, K], differentiable) and experts (int64 [T, K]).
@@ -85,7 +88,7 @@ def route(
         sum_T1 = weights_TK.sum(dim=-1, keepdim=True)
         floored = normalize_floor is not None
         weights_TK = weights_TK / (
-            sum_T1.clamp(min=normalize_floor) if floored else sum_T1 + NORMALIZE_EPSILON
+            sum_T1.clamp(min=normalize_floor) if floored else sum_T1 + normalize_epsilon
         )
     return weights_TK * scale, experts_TK
 
@@ -123,11 +126,13 @@ def moe_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     w2_EDI: Tensor,
+    biases: ExpertBiases = NO_BIASES,
+    activation: Activation = SWIGLU,
 ) -> Tensor:
-    """Returns `sum_k weights * w2 (silu(w1 x) * w3 x)` as [T, D] in the dtype of `x_TD`.
+    """Returns `sum_k weights * w2 (activation(w1 x, w3 x))` as [T, D] in the dtype of `x_TD`.
 
     The arguments are those of `epctl.kernels.moe_mlp`. Rows are sorted by expert, so that each
     expert's matrices are read once.
@@ -136,30 +141,44 @@ def moe_mlp(
     compute = torch.promote_types(x_TD.dtype, torch.float32)
     flat_N = experts_TK.reshape(-1)
     order_N = flat_N.argsort(stable=True)
-    counts = torch.bincount(flat_N + 1, minlength=w1_EID.shape[0] + 1).tolist()
+    counts = torch.bincount(flat_N + 1, minlength=w3_EID.shape[0] + 1).tolist()
     mine_N = order_N[counts[0] :]
     token_N = mine_N // top_k
     rows_ND = x_TD.to(compute)[token_N]
     scale_N1 = weights_TK.to(compute).reshape(-1, 1)[mine_N]
-    y_ND = torch.cat(_expert_outputs(rows_ND, counts[1:], w1_EID, w3_EID, w2_EDI))
+    weights = (w1_EID, w3_EID, w2_EDI)
+    y_ND = torch.cat(_expert_outputs(rows_ND, counts[1:], weights, biases, activation))
     y_TD = torch.zeros(num_tokens, x_TD.shape[1], dtype=compute, device=x_TD.device)
     return y_TD.index_add(0, token_N, y_ND * scale_N1).to(x_TD.dtype)
 
 
 def _expert_outputs(
-    rows_ND: Tensor, counts: list[int], w1_EID: Tensor, w3_EID: Tensor, w2_EDI: Tensor
+    rows_ND: Tensor,
+    counts: list[int],
+    weights: tuple[Tensor | None, Tensor, Tensor],
+    biases: ExpertBiases,
+    activation: Activation,
 ) -> list[Tensor]:
     outputs = []
     # `unbind` rather than indexing: its backward writes each weight gradient once, where every
     # `w[e]` would add a zero-filled copy of all experts.
-    weights = zip(w1_EID.unbind(0), w3_EID.unbind(0), w2_EDI.unbind(0), strict=True)
-    for expert, (rows, (w1, w3, w2)) in enumerate(
-        zip(torch.split(rows_ND, counts), weights, strict=True)
+    num_experts = len(counts)
+    of_expert = zip(
+        *(
+            [None] * num_experts if tensor is None else tensor.unbind(0)
+            for tensor in (*weights, *biases)
+        ),
+        strict=True,
+    )
+    for expert, (rows, tensors) in enumerate(
+        zip(torch.split(rows_ND, counts), of_expert, strict=True)
     ):
         # Expert 0 runs even on no rows, so that gradients are zeros and never missing.
         if len(rows) == 0 and expert > 0:
             continue
-        gate = F.linear(rows, w1.to(rows.dtype))
-        up = F.linear(rows, w3.to(rows.dtype))
-        outputs.append(F.linear(F.silu(gate) * up, w2.to(rows.dtype)))
+        w1, w3, w2, b1, b3, b2 = (None if t is None else t.to(rows.dtype) for t in tensors)
+        assert w3 is not None
+        assert w2 is not None
+        gate = None if w1 is None else F.linear(rows, w1, b1)
+        outputs.append(F.linear(activation(gate, F.linear(rows, w3, b3)), w2, b2))
     return outputs

@@ -244,6 +244,7 @@ def _route(
     group_top2: bool,
     normalize: bool,
     floor: float | None,
+    epsilon: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_experts = logits_TE.shape
@@ -270,7 +271,7 @@ def _route(
             HAS_BIAS=correction_bias_E is not None,
             NORMALIZE=normalize,
             HAS_FLOOR=floor is not None,
-            EPSILON=NORMALIZE_EPSILON,
+            EPSILON=epsilon,
             TOKENS=tokens,
             GROUPS=groups,
             SIZE=size,
@@ -290,6 +291,7 @@ def _(
     group_top2: bool,
     normalize: bool,
     floor: float | None,
+    epsilon: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     shape = (logits_TE.shape[0], top_k)
@@ -305,6 +307,7 @@ def _route_backward(
     score: int,
     normalize: bool,
     floor: float | None,
+    epsilon: float,
     scale: float,
 ) -> Tensor:
     num_tokens, num_experts = logits_TE.shape
@@ -325,7 +328,7 @@ def _route_backward(
             SCORE=score,
             NORMALIZE=normalize,
             HAS_FLOOR=floor is not None,
-            EPSILON=NORMALIZE_EPSILON,
+            EPSILON=epsilon,
             TOKENS=tokens,
             SIZE=size,
             CHOICES=triton.next_power_of_2(experts_TK.shape[1]),
@@ -341,24 +344,25 @@ def _(
     score: int,
     normalize: bool,
     floor: float | None,
+    epsilon: float,
     scale: float,
 ) -> Tensor:
     return torch.empty_like(logits_TE)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits_TE, _, _, score, _, _, _, normalize, floor, scale = inputs
+    logits_TE, _, _, score, _, _, _, normalize, floor, epsilon, scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits_TE, output[1])
-    ctx.rule = score, normalize, floor, scale
+    ctx.rule = score, normalize, floor, epsilon, scale
 
 
 def _backward(ctx: Any, dweights_TK: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if dweights_TK is None:
-        return (None,) * 10
+        return (None,) * 11
     dlogits_TE = _route_backward(dweights_TK.contiguous(), *ctx.saved_tensors, *ctx.rule)
-    return dlogits_TE, *(None,) * 9
+    return dlogits_TE, *(None,) * 10
 
 
 _route.register_autograd(_backward, setup_context=_save)
@@ -375,6 +379,7 @@ def route(
     group_score: GroupScore = "top2_sum",
     normalize: bool,
     normalize_floor: float | None = None,
+    normalize_epsilon: float = NORMALIZE_EPSILON,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns each token's weights and experts; see `epctl.kernels.route`."""
@@ -392,6 +397,7 @@ def route(
         group_score == "top2_sum",
         normalize,
         normalize_floor,
+        normalize_epsilon,
         scale,
     )
     return weights_TK, experts_TK

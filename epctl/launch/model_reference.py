@@ -18,8 +18,6 @@ from epctl.layout.model import ModelLayout
 from epctl.layout.source import ModelSource
 
 FILE_NAME = "model.json"
-# Built by transformers' DeepseekV3 classes; the other members of the family differ in attention.
-TRAINABLE_TYPES = ("deepseek_v3", "kimi_k2")
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
@@ -71,10 +69,10 @@ def require_trainable(layout: ModelLayout) -> None:
             "training needs bfloat16 or float32 weights",
             hint=dequantize_hint(layout.id),
         )
-    if layout.model_type not in TRAINABLE_TYPES or moe is None:
+    if moe is None:
         raise LayoutError(
-            f"`{layout.id}` has model_type `{layout.model_type}`; `epctl train` builds "
-            f"{' and '.join(f'`{t}`' for t in TRAINABLE_TYPES)}, DeepSeek-V3's layout, so far",
+            f"`{layout.id}` (model_type `{layout.model_type}`) has no routed experts; `epctl "
+            "train` trains Mixture-of-Experts language models",
             hint=f"`epctl inspect {layout.id}` shows what is known of it",
         )
     layout.require_trainable()

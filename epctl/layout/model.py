@@ -198,6 +198,26 @@ class MoELayout:
             transposed=projection == "down" if flat else storage.transposed,
         )
 
+    def expert_bias(self, layer: int, expert: int, projection: Projection) -> ExpertTensor:
+        """Returns where the bias of `projection` of `expert` of `layer` lies, a vector [out].
+
+        Raises LayoutError when there is none.
+        """
+        weight = self.expert_tensor(layer, expert, projection)
+        biases = self.storage.biases
+        fused = projection in ("gate", "up") and "gate_up" in biases
+        key = "gate_up" if fused else projection
+        if key not in biases:
+            raise LayoutError(f"these experts have no bias of the {projection} projection")
+        return ExpertTensor(
+            name=self.tensor_name(layer, biases[key], expert),
+            index=weight.index,
+            rows=None,
+            part=weight.part if fused else "all",
+            part_dim=0,
+            transposed=False,
+        )
+
     def router_tensors(self, layer: int) -> dict[str, str]:
         """Returns the router's checkpoint names: `weight`, `linear_bias`, `correction_bias`."""
         router = self.router

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.mesh import Mesh, validate_expert_parallel
-from epctl.runtime.moe import ExpertParallelMoE, RouterRule
+from epctl.runtime.moe import ExpertParallelMoE
+from epctl.runtime.moe_blocks import count_experts, swap_moe_blocks
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.trainable import select_trainable
 from epctl.runtime.weights import WeightSource
@@ -35,7 +36,7 @@ def build_model(
     """Returns the model with this rank's experts and weights from `weights`.
 
     Args:
-        config: a transformers DeepseekV3Config.
+        config: a transformers config of a causal language model with routed experts.
         swap: false keeps transformers' blocks with all experts, for DeepSpeed's own AutoEP.
         zero3_config: the DeepSpeed config when parameters are to be partitioned (ZeRO-3).
         trainable: what is trained; see `select_trainable`.
@@ -44,46 +45,29 @@ def build_model(
         ConfigError: the ep size does not divide the experts, or `trainable` names nothing.
         InputError: `weights` lacks a tensor or holds one of another shape.
     """
-    validate_expert_parallel(mesh.ep_size, mesh.num_ranks, config.n_routed_experts)
     model = meta_model(config, dtype)
+    num_experts = count_experts(model, config)
+    validate_expert_parallel(mesh.ep_size, mesh.num_ranks, num_experts)
     if swap:
         swap_moe_blocks(model, config, mesh, dtype)
-    select_trainable(model, trainable, config.n_routed_experts)
+    weights.note_names(model)
+    select_trainable(model, trainable, num_experts)
+    ties = tied_owners(model)
     for prefix, module in load_units(model):
-        materialize(module, prefix, weights, device)
+        materialize(module, prefix, weights, device, ties)
         if zero3_config is not None:
             _partition(module, mesh, zero3_config)
-    _rebuild_rotary(model, config, device)
+    initialize_computed(model)
     return model
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """Returns transformers' own DeepSeek-V3 class without any memory behind it."""
+    """Returns transformers' own class for `config` without any memory behind it."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
-
-
-def swap_moe_blocks(model: nn.Module, config: Any, mesh: Mesh, dtype: torch.dtype) -> int:
-    """Replaces every DeepSeek-V3 MoE block by epctl's layer; returns how many."""
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
-
-    rule = RouterRule.from_deepseek_v3(config)
-    blocks = [(n, m) for n, m in model.named_modules() if isinstance(m, DeepseekV3MoE)]
-    for name, block in blocks:
-        with torch.device("meta"):
-            layer = ExpertParallelMoE(
-                rule,
-                block.shared_experts,
-                config.hidden_size,
-                config.moe_intermediate_size,
-                mesh,
-                dtype,
-            )
-        model.set_submodule(name, layer)
-    return len(blocks)
 
 
 def load_units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -93,48 +77,71 @@ def load_units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     the final norm, the head.
     """
     for name, child in model.named_children():
-        if name == "model":
-            for inner_name, inner in child.named_children():
-                if isinstance(inner, nn.ModuleList):
-                    for index, layer in enumerate(inner):
-                        yield f"model.{inner_name}.{index}", layer
-                else:
-                    yield f"model.{inner_name}", inner
-        else:
-            yield name, child
+        yield from _units_below(name, child)
+
+
+def _units_below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Takes apart the lists of layers and the modules that hold one."""
+    children = list(module.named_children())
+    is_list = isinstance(module, nn.ModuleList)
+    holds_list = any(isinstance(child, nn.ModuleList) for _, child in children)
+    owns_tensors = module._parameters or module._buffers
+    if is_list:
+        for inner_name, inner in children:
+            yield f"{name}.{inner_name}", inner
+    elif holds_list and not owns_tensors:
+        for inner_name, inner in children:
+            yield from _units_below(f"{name}.{inner_name}", inner)
+    else:
+        yield name, module
+
+
+Owners = list[tuple[nn.Module, str]]
+
+
+def tied_owners(model: nn.Module) -> dict[int, Owners]:
+    """Returns by id the modules and leaves that share a Parameter, where more than one does."""
+    owners: dict[int, Owners] = {}
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, leaf))
+    return {key: found for key, found in owners.items() if len(found) > 1}
 
 
 def materialize(
-    module: nn.Module, prefix: str, weights: WeightSource, device: torch.device
+    module: nn.Module,
+    prefix: str,
+    weights: WeightSource,
+    device: torch.device,
+    ties: dict[int, Owners] | None = None,
 ) -> None:
     """Gives a module on meta real memory and fills it tensor by tensor under its hub names."""
-    _to_empty(module, device)
+    shared = {id(p) for p in module.parameters() if not p.is_meta}
+    _to_empty(module, device, ties or {})
     with torch.no_grad():
         for tensor in hub_tensors(module, prefix):
-            weights.read_into(tensor.name, tensor.local())
+            if id(tensor.tensor) not in shared:
+                weights.read_into(tensor.name, tensor.local())
+                tensor.tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def _to_empty(module: nn.Module, device: torch.device) -> None:
+def _to_empty(module: nn.Module, device: torch.device, ties: dict[int, Owners]) -> None:
     """Like `Module.to_empty`, but Parameters keep their identity and so their expert marks."""
     for child in module.modules():
-        for parameter in child.parameters(recurse=False):
-            marks = parameter.__dict__
+        for leaf, parameter in list(child.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue  # tied to one of an earlier unit
             fresh = torch.empty_like(parameter, device=device)
             replacement = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
-            replacement.__dict__.update(marks)
-            _replace(child, parameter, replacement)
+            replacement.__dict__.update(parameter.__dict__)
+            for owner, own_leaf in ties.get(id(parameter), [(child, leaf)]):
+                owner.register_parameter(own_leaf, replacement)
         for name, buffer in list(child.named_buffers(recurse=False)):
             child._buffers[name] = _zeros_like(buffer, device)
 
 
 def _zeros_like(buffer: Tensor | None, device: torch.device) -> Tensor | None:
     return None if buffer is None else torch.zeros_like(buffer, device=device)
-
-
-def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        if parameter is old:
-            module.register_parameter(name, new)
 
 
 def _partition(module: nn.Module, mesh: Mesh, zero3_config: dict[str, Any]) -> None:
@@ -145,8 +152,9 @@ def _partition(module: nn.Module, mesh: Mesh, zero3_config: dict[str, Any]) -> N
     seams.partition_module(module, None, zero3_config)
 
 
-def _rebuild_rotary(model: nn.Module, config: Any, device: torch.device) -> None:
-    """Recomputes rotary tables: they are not in checkpoints, and meta ones hold nothing."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "inv_freq") and hasattr(module, "compute_default_rope_parameters"):
-            model.set_submodule(name, type(module)(config).to(device))
+def initialize_computed(model: nn.Module) -> None:
+    """Fills what is in no checkpoint (rotary tables, decay masks) as transformers does.
+
+    Tensors that were read are marked, and its initialisation leaves those alone.
+    """
+    model.initialize_weights()  # type: ignore[operator]

@@ -24,9 +24,10 @@ from epctl.runtime.data_batch import Batch, TrainingData
 from epctl.runtime.engine import create_engine
 from epctl.runtime.events import EventLog
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.native_config import cut_depth
 from epctl.runtime.run_settings import rows_per_step
 from epctl.runtime.train import build, finish_rank, open_data, start_rank
-from epctl.runtime.training_model import TrainingModel, cut_depth, open_training_model
+from epctl.runtime.training_model import TrainingModel, open_training_model
 
 REPORT_NAME = "check.json"
 WEIGHTS_NAME = "reference.safetensors"
@@ -53,7 +54,7 @@ def open_cut_model(config: RunConfig, run_folder: Path) -> TrainingModel:
     """
     model = open_training_model(config, run_folder)
     kept = cut_depth(model.config, config.check.num_layers)
-    num_dense = model.config.first_k_dense_replace
+    num_dense = min(model.moe.layers)
     if kept <= num_dense:
         raise ConfigError(
             f"`--check-layers {kept}` leaves no experts: the first {num_dense} layers are dense",

@@ -18,7 +18,6 @@ from epctl.runtime.check_record import StepRecord, part_of
 from epctl.runtime.data_batch import Batch
 from epctl.runtime.engine import train_step
 from epctl.runtime.mesh import Mesh
-from epctl.runtime.moe import Router
 from epctl.runtime.names import HubTensor, hub_tensors
 
 Squares = dict[str, tuple[float, float]]
@@ -51,12 +50,12 @@ class AskedRun:
 
         None for DeepSpeed's own layer, whose router does not say.
         """
-        routers = [m for m in self.engine.module.modules() if isinstance(m, Router)]
+        routers = [m for m in self.engine.module.modules() if hasattr(m, "tokens_per_expert")]
         if not routers:
             return None
         found: list[list[Tensor]] = [[] for _ in routers]
         hooks = [
-            router.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output[1]))
+            router.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output[-1]))
             for router, seen in zip(routers, found, strict=True)
         ]
         self.engine.eval()

@@ -16,10 +16,11 @@ from torch import Tensor
 PARTS = (
     ("embedding", ".embed_tokens."),
     ("head", "lm_head."),
-    ("attention", ".self_attn."),
-    ("router", ".mlp.gate."),
-    ("experts", ".mlp.experts."),
-    ("shared experts", ".mlp.shared_experts."),
+    ("attention", "attn."),
+    ("experts", ".experts."),
+    ("shared experts", "shared_"),
+    ("router", ".gate."),
+    ("router", ".router."),
     ("dense MLP", ".mlp."),
 )
 

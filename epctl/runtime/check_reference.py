@@ -21,6 +21,7 @@ from epctl.runtime.data_batch import Batch
 from epctl.runtime.deepspeed_seams import FlatPartition, Fragment
 from epctl.runtime.engine import create_optimizer
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.moe_blocks import moe_blocks, router_of
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.schedule import rate_factor
 from epctl.runtime.training_model import TrainingModel
@@ -121,16 +122,25 @@ def _total(norms: dict[str, float]) -> float:
 @torch.no_grad()
 def _choices(module: nn.Module, batches: list[Batch], device: torch.device) -> Tensor:
     """Returns the experts that transformers' routers choose for every token."""
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-
-    routers = [m for m in module.modules() if isinstance(m, DeepseekV3TopkRouter)]
-    found: list[list[Tensor]] = [[] for _ in routers]
+    blocks = [block for _, block in moe_blocks(module)]
+    found: list[list[Tensor]] = [[] for _ in blocks]
     hooks = [
-        router.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output[2].cpu()))
-        for router, seen in zip(routers, found, strict=True)
+        router_of(block).register_forward_hook(
+            lambda _m, _i, output, seen=seen: seen.append(_experts_in(output).cpu())
+        )
+        for block, seen in zip(blocks, found, strict=True)
     ]
     for batch in batches:
         module(**batch.to(device).model_inputs())
     for hook in hooks:
         hook.remove()
     return torch.stack([torch.cat(seen) for seen in found])
+
+
+def _experts_in(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Returns what a router of transformers chose; Llama 4's says it by scores above zero."""
+    chosen = next((output for output in outputs if not output.is_floating_point()), None)
+    if chosen is not None:
+        return chosen.reshape(-1, chosen.shape[-1])
+    scores_TE = outputs[0]
+    return scores_TE.topk(int((scores_TE > 0).sum(dim=1).max())).indices

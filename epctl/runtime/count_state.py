@@ -28,15 +28,17 @@ def count_rank_bytes(
     config: RunConfig, model_config: Any, num_ranks: int, *, bfloat16: bool
 ) -> dict[str, int]:
     """Returns the bytes of parameters, masters and optimizer state on the fullest rank."""
-    from epctl.runtime.build import meta_model, swap_moe_blocks
+    from epctl.runtime.build import meta_model
+    from epctl.runtime.moe_blocks import count_experts, swap_moe_blocks
     from epctl.runtime.parameter_groups import classify
     from epctl.runtime.trainable import select_trainable
 
     mesh = Mesh(0, num_ranks, config.parallel.ep, 0)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     model = meta_model(model_config, dtype)
+    num_experts = count_experts(model, model_config)
     swap_moe_blocks(model, model_config, mesh, dtype)
-    select_trainable(model, config.train.parameters, model_config.n_routed_experts)
+    select_trainable(model, config.train.parameters, num_experts)
     kinds = {id(found.parameter): found.kind for found in classify(model, config.optim)}
     stage = config.parallel.zero
     momentum_bytes = getattr(torch, config.optim.momentum_dtype).itemsize
@@ -80,11 +82,10 @@ def main() -> int:
 
 
 def _model_config(values: dict[str, Any] | None) -> Any:
-    from transformers import DeepseekV3Config
-
     from epctl.runtime.default_model import default_config
+    from epctl.runtime.native_config import native_config
 
-    return default_config() if values is None else DeepseekV3Config.from_dict(values)
+    return default_config() if values is None else native_config(values)
 
 
 if __name__ == "__main__":

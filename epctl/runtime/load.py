@@ -20,11 +20,12 @@ from epctl.layout.model import ExpertTensor, ModelLayout, Projection
 from epctl.layout.parameters import is_stale
 from epctl.layout.safetensors import DTYPE_BITS, TensorEntry
 from epctl.layout.source import ModelSource
+from epctl.runtime.hub_names import expert_tensor_names, note_hub_names
 from epctl.runtime.names import hub_tensors
 
 MAPPED_BYTES = 64 * 2**20
 PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
 
 
 @dataclass
@@ -87,6 +88,10 @@ class CheckpointWeights:
             total += tensor.num_elements * DTYPE_BITS[entry.dtype] // 8
         return total
 
+    def note_names(self, model: nn.Module) -> None:
+        """Notes on `model` what this checkpoint calls its tensors."""
+        note_hub_names(model, self.source, self._layout)
+
     def restart(self) -> None:
         """Counts from zero: a model is about to be built from here."""
         self.counts = LoadCounts()
@@ -105,7 +110,8 @@ class CheckpointWeights:
             moe = self._layout.moe
             if layer is not None and moe is not None:
                 projection: Projection = match[3]  # type: ignore[assignment]
-                return moe.expert_tensor(layer, int(match[2]), projection)
+                find = moe.expert_tensor if match[4] == "weight" else moe.expert_bias
+                return find(layer, int(match[2]), projection)
         return ExpertTensor(name, None, None, "all", 0, False)
 
     def _slice(self, entry: TensorEntry, place: ExpertTensor) -> Tensor:
@@ -145,14 +151,14 @@ class CheckpointWeights:
 
 
 def _layers_by_prefix(layout: ModelLayout) -> dict[str, int]:
-    """Returns MoE layer numbers by the live name of their block (`model.layers.3.mlp`)."""
+    """Returns MoE layer numbers by the name that stands for their block (`model.layers.3.mlp`)."""
     if layout.moe is None:
         return {}
     return {f"{prefix}.mlp": layer for layer, prefix in layout.moe.layer_prefixes.items()}
 
 
 def leftover_tensors(
-    source: ModelSource, model: nn.Module, num_layers: int
+    source: ModelSource, model: nn.Module, num_layers: int, layout: ModelLayout | None = None
 ) -> tuple[Counter[str], list[str]]:
     """Returns (tensors not read, counted by reason; names that nobody can explain).
 
@@ -161,13 +167,20 @@ def leftover_tensors(
         num_layers: decoder layers that are built; layers after them are not trained.
     """
     wanted = {tensor.name for tensor in hub_tensors(model)}
+    wanted |= set() if layout is None else expert_tensor_names(layout)
     wanted |= {
         name for name in source.tensors if re.search(r"\.experts\.(gate_up|down)_proj$", name)
     }
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    tied = tied_names(model)
     reasons: Counter[str] = Counter()
     unknown: list[str] = []
     for name in source.tensors:
         reason = "" if name in wanted else _reason(name, num_layers)
+        if reason is None and name in tied:
+            reason = "copies of tied tensors"
+        if reason is None and any(re.search(pattern, name) for pattern in ignored):
+            reason = "tensors that transformers' class has no place for"
         if reason is None:
             unknown.append(name)
         elif reason:
@@ -175,10 +188,16 @@ def leftover_tensors(
     return reasons, unknown
 
 
+def tied_names(model: nn.Module) -> set[str]:
+    """Returns the names under which shared Parameters appear a second time (`lm_head.weight`)."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
 def _reason(name: str, num_layers: int) -> str | None:
     if is_stale(name):
         return f"stale `{name.rsplit('.', 1)[-1]}` tensors, which the model computes itself"
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    layer = re.match(r"(?:\w+\.)*layers\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= num_layers:
         return f"tensors of layers after the first {num_layers}, which are not built"
     return None

@@ -1,145 +1,227 @@
-"""epctl's MoE layer: this rank's experts only, router in float32, kernels behind one seam.
+"""epctl's MoE layer: transformers' own block around epctl's router and this rank's experts.
 
+The block's forward is the class's own, so shared experts, their gates, output scales and norms are
+what transformers computes; its router and its experts are replaced.
 Shape suffixes: B batch, S sequence, T tokens (B*S), D hidden size, E experts, K top_k,
 I expert intermediate size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+import functools
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epctl.kernels import moe_mlp, route
+from epctl.kernels import ExpertBiases, moe_mlp, route
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.dispatch import combine, dispatch
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.moe_rules import ExpertShape, RouterRule
 from epctl.runtime.recompute import recomputing
 
 
-@dataclass(frozen=True)
-class RouterRule:
-    """How a router turns logits into experts and weights; every field has its config key."""
-
-    num_experts: int
-    top_k: int
-    score_func: Literal["sigmoid", "softmax"]
-    num_groups: int
-    top_groups: int
-    normalize: bool
-    scale: float
-
-    @classmethod
-    def from_deepseek_v3(cls, config: Any) -> RouterRule:
-        """Reads the rule from a DeepSeek-V3 config (Moonlight: scale 2.446, one group)."""
-        return cls(
-            num_experts=config.n_routed_experts,
-            top_k=config.num_experts_per_tok,
-            score_func="sigmoid",
-            num_groups=config.n_group or 1,
-            top_groups=config.topk_group or 1,
-            normalize=bool(config.norm_topk_prob),
-            scale=float(config.routed_scaling_factor),
-        )
-
-
 class Router(nn.Module):
-    """Scores in float32 whatever the model's dtype: bf16 logits would choose other experts."""
+    """Scores in float32 whatever the model's dtype: bf16 logits would choose other experts.
+
+    Called as transformers' routers are: with the tokens, and with the correction bias where the
+    block owns that.
+    """
 
     weight: nn.Parameter
-    e_score_correction_bias: Tensor
+    bias: nn.Parameter | None
+    tokens_per_expert: Tensor
+    live_leaves: dict[str, str]
 
-    def __init__(self, rule: RouterRule, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, rule: RouterRule, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.rule = rule
-        self.weight = nn.Parameter(torch.empty(rule.num_experts, hidden_size, dtype=dtype))
-        self.register_buffer("e_score_correction_bias", torch.zeros(rule.num_experts))
-        self.register_buffer(
-            "tokens_per_expert",
-            torch.zeros(rule.num_experts, dtype=torch.int64),
-            persistent=False,
-        )
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        _register_counts(self, rule.num_experts)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weights [T, K] in float32 and global expert ids [T, K]."""
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
-        weights_TK, experts_TK = route(
-            logits_TE,
-            self.e_score_correction_bias,
-            top_k=self.rule.top_k,
-            score_func=self.rule.score_func,
-            num_groups=self.rule.num_groups,
-            top_groups=self.rule.top_groups,
-            normalize=self.rule.normalize,
-            scale=self.rule.scale,
-        )
+    def forward(
+        self, x: Tensor, correction_bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns logits [T, E], weights [T, K] in float32 and global expert ids [T, K]."""
+        x_TD = x.reshape(-1, x.shape[-1]).float()
+        bias_E = None if self.bias is None else self.bias.float()
+        logits_TE = F.linear(x_TD, self.weight.float(), bias_E)
+        if self.rule.logit_cap:
+            logits_TE = torch.tanh(logits_TE / self.rule.logit_cap) * self.rule.logit_cap
+        if correction_bias_E is None:
+            correction_bias_E = getattr(self, "e_score_correction_bias", None)
+        if correction_bias_E is not None:
+            correction_bias_E = correction_bias_E.flatten()
+        weights_TK, experts_TK = route(logits_TE, correction_bias_E, **self.rule.route_arguments())
         if self.training and not recomputing():
-            self._count(experts_TK)
-        return weights_TK, experts_TK
+            count_tokens(self, experts_TK)
+        return logits_TE, weights_TK, experts_TK
 
-    def _count(self, experts_TK: Tensor) -> None:
-        """Adds to the routing counts on the device, without a host synchronisation."""
-        counts = cast(Tensor, self.tokens_per_expert)
-        chosen = experts_TK.flatten()
-        counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+
+class _Counting:
+    """Adds counting to a router of transformers'; its last output is the experts."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        router = cast(Any, self)
+        outputs = super().forward(*inputs, **options)  # type: ignore[misc]
+        if router.training and not recomputing():
+            count_tokens(router, outputs[-1])
+        return outputs
+
+
+@functools.cache
+def _counting_class(router_class: Any) -> Any:
+    return type(f"Counting{router_class.__name__}", (_Counting, router_class), {})
+
+
+def counting_router(router: nn.Module, num_experts: int) -> nn.Module:
+    """Returns transformers' router, counting its choices: for rules that are not `RouterRule`s."""
+    counting_class = _counting_class(cast(Any, type(router)))
+    counting: nn.Module = counting_class.__new__(counting_class)
+    counting.__dict__.update(router.__dict__)
+    _register_counts(counting, num_experts)
+    return counting
+
+
+def _register_counts(router: nn.Module, num_experts: int) -> None:
+    counts = torch.zeros(num_experts, dtype=torch.int64)
+    router.register_buffer("tokens_per_expert", counts, persistent=False)
+
+
+def count_tokens(router: Any, experts_TK: Tensor) -> None:
+    """Adds to a router's counts on the device, without a host synchronisation; once a forward."""
+    if recomputing():
+        return
+    chosen = experts_TK.detach().flatten()
+    router.tokens_per_expert.scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 class LocalExperts(nn.Module):
-    """This rank's experts; `w1` gate and `w3` up stay two Parameters (DeepSpeed's save, Muon)."""
+    """This rank's experts; `w1` gate and `w3` up stay two Parameters (DeepSpeed's save, Muon).
 
-    def __init__(
-        self, num_local_experts: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype
-    ) -> None:
+    Called as transformers' experts are; tokens travel to the ranks that hold their experts.
+    """
+
+    w1: nn.Parameter | None
+    w3: nn.Parameter
+    w2: nn.Parameter
+
+    def __init__(self, shape: ExpertShape, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
-        inward = (num_local_experts, intermediate_size, hidden_size)
-        outward = (num_local_experts, hidden_size, intermediate_size)
-        self.w1 = nn.Parameter(torch.empty(inward, dtype=dtype))
-        self.w3 = nn.Parameter(torch.empty(inward, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(outward, dtype=dtype))
+        self.shape = shape
+        self.ep_size, self.ep_group = mesh.ep_size, mesh.ep_group
+        self.num_local_experts = count = mesh.num_local_experts(shape.num_experts)
+        inward = (count, shape.intermediate_size, shape.hidden_size)
+        outward = (count, shape.hidden_size, shape.intermediate_size)
+        self.w1 = _empty(inward, dtype) if shape.gated else None
+        self.w3 = _empty(inward, dtype)
+        self.w2 = _empty(outward, dtype)
+        biased = shape.has_biases
+        self.b1 = _empty(inward[:2], dtype) if biased and shape.gated else None
+        self.b3 = _empty(inward[:2], dtype) if biased else None
+        self.b2 = _empty(outward[:2], dtype) if biased else None
 
     def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Returns the weighted sum of the local experts' outputs; -1 is an expert elsewhere."""
-        return moe_mlp(x_TD, experts_TK, weights_TK, self.w1, self.w3, self.w2)
+        """Returns the weighted sum of each token's experts, [T, D] in the dtype of `x_TD`.
+
+        Args:
+            experts_TK: global expert ids, int64.
+        """
+        weights_TK = weights_TK.float()
+        if self.ep_size == 1:
+            return self.compute(x_TD, experts_TK, weights_TK)
+        assert self.ep_group is not None
+        sent = dispatch(x_TD, experts_TK, weights_TK, self.num_local_experts, self.ep_group)
+        y_RD = self.compute(sent.x_RD, sent.experts_RK, sent.weights_RK)
+        return combine(y_RD, sent, x_TD.shape[0])
+
+    def compute(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Returns the sum over the experts held here; -1 is an expert elsewhere."""
+        if self.shape.weighs_input:
+            x_TD, experts_TK, weights_TK, top_k = _weigh_input(x_TD, experts_TK, weights_TK)
+        y_TD = moe_mlp(
+            x_TD,
+            experts_TK,
+            weights_TK,
+            self.w1,
+            self.w3,
+            self.w2,
+            biases=ExpertBiases(self.b1, self.b3, self.b2),
+            activation=self.shape.activation,
+        )
+        if self.shape.weighs_input:
+            y_TD = y_TD.view(-1, top_k, y_TD.shape[-1]).sum(dim=1)
+        return y_TD
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
+def _weigh_input(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Returns one row a choice, scaled by its weight, with weight 1 (Llama 4, whose K is 1)."""
+    top_k = experts_TK.shape[1]
+    held_TK = experts_TK >= 0
+    scale_TK1 = torch.where(held_TK, weights_TK, 0).to(x_TD.dtype).unsqueeze(-1)
+    rows_ND = (x_TD.unsqueeze(1) * scale_TK1).flatten(0, 1)
+    ones_N1 = torch.ones(len(rows_ND), 1, device=x_TD.device)
+    return rows_ND, experts_TK.reshape(-1, 1), ones_N1, top_k
 
 
 class ExpertParallelMoE(seams.AutoEPMoELayer):  # type: ignore[misc]
-    """Drop-in for a DeepSeek-V3 MoE block, built with this rank's experts only.
+    """What `expert_parallel` makes of a transformers block; ZeRO places its Parameters.
 
-    A subclass of DeepSpeed's layer so that ZeRO places its Parameters, but never through the
-    parent's constructor, which wants a source module with all experts in it.
+    A subclass of DeepSpeed's layer that never runs its constructor, which wants a source module
+    with all experts in it.
     """
 
-    def __init__(
-        self,
-        rule: RouterRule,
-        shared_experts: nn.Module | None,
-        hidden_size: int,
-        intermediate_size: int,
-        mesh: Mesh,
-        dtype: torch.dtype,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.gate = Router(rule, hidden_size, dtype)
-        num_local_experts = mesh.num_local_experts(rule.num_experts)
-        self.experts = LocalExperts(num_local_experts, hidden_size, intermediate_size, dtype)
-        self.shared_experts = shared_experts
-        self.local_experts = mesh.local_experts(rule.num_experts)
-        seams.mark_expert_layer(self, mesh, rule.num_experts)
+    experts: LocalExperts
+    local_experts: range
 
-    def forward(self, hidden_BSD: Tensor) -> Tensor:
-        x_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        weights_TK, experts_TK = self.gate(x_TD)
-        y_BSD = self._routed(x_TD, experts_TK, weights_TK).view_as(hidden_BSD)
-        if self.shared_experts is not None:
-            y_BSD = y_BSD + self.shared_experts(hidden_BSD)
-        return y_BSD
 
-    def _routed(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        if self.ep_size == 1:
-            return cast(Tensor, self.experts(x_TD, experts_TK, weights_TK))
-        sent = dispatch(x_TD, experts_TK, weights_TK, self.num_local_experts, self.ep_group)
-        y_RD = self.experts(sent.x_RD, sent.experts_RK, sent.weights_RK)
-        return combine(y_RD, sent, x_TD.shape[0])
+class _WeighingInput:
+    """Llama 4's block, whose own forward repeats every token for every expert."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        block = cast(Any, self)
+        x_TD = hidden.reshape(-1, hidden.shape[-1])
+        logits_TE, weights_TK, experts_TK = block.router(x_TD)
+        routed_TD = block.experts(x_TD, experts_TK, weights_TK)
+        return block.shared_expert(x_TD) + routed_TD, logits_TE
+
+
+@functools.cache
+def _layer_class(block_class: Any, weighs_input: bool) -> type[ExpertParallelMoE]:
+    """Returns the block's class as an ExpertParallelMoE too; the forward stays the block's."""
+    own = (_WeighingInput,) if weighs_input else ()
+    name = f"ExpertParallel{block_class.__name__}"
+    return cast(type[ExpertParallelMoE], type(name, (*own, block_class, ExpertParallelMoE), {}))
+
+
+def expert_parallel(
+    block: nn.Module,
+    router_name: str,
+    router: nn.Module,
+    shape: ExpertShape,
+    mesh: Mesh,
+    dtype: torch.dtype,
+) -> ExpertParallelMoE:
+    """Returns `block` with this rank's experts and epctl's router in place of its own.
+
+    Args:
+        block: a transformers MoE block with children `experts` and `router_name`; it is consumed.
+        router: called with the tokens; returns logits, weights and global expert ids.
+    """
+    layer_class = _layer_class(cast(Any, type(block)), shape.weighs_input)
+    layer = layer_class.__new__(layer_class)
+    layer.__dict__.update(block.__dict__)
+    layer.experts = LocalExperts(shape, mesh, dtype)
+    setattr(layer, router_name, router)
+    layer.local_experts = mesh.local_experts(shape.num_experts)
+    seams.mark_expert_layer(layer, mesh, shape.num_experts)
+    return layer

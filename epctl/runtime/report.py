@@ -12,7 +12,6 @@ from torch import Tensor
 from epctl.config import RunConfig
 from epctl.runtime.engine import count_state_bytes
 from epctl.runtime.mesh import Mesh
-from epctl.runtime.moe import Router
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.parameter_groups import count_split
 from epctl.runtime.training_model import TrainingModel
@@ -35,13 +34,13 @@ def plan_of(
         "revision": model.revision,
         "architecture": type(engine.module).__name__,
         "num_layers": model.config.num_hidden_layers,
-        "num_experts": model.config.n_routed_experts,
-        "top_k": model.config.num_experts_per_tok,
-        "route_scale": model.config.routed_scaling_factor,
+        "num_experts": model.moe.num_experts,
+        "top_k": model.moe.top_k,
+        "route_scale": model.moe.router.scale,
         "num_parameters": total,
         "num_parameters_rank": sizes["dense"] + sizes["expert"],
         "num_expert_parameters_rank": sizes["expert"],
-        "num_local_experts": mesh.num_local_experts(model.config.n_routed_experts),
+        "num_local_experts": mesh.num_local_experts(model.moe.num_experts),
         "num_muon": split.num_muon,
         "num_muon_matrices": split.num_muon_matrices,
         "num_owned_matrices": getattr(optimizer, "num_owned_matrices", 0),
@@ -87,7 +86,7 @@ def attention_facts(optimizer: Any) -> dict[str, Any]:
 
 def expert_load(engine: Any) -> float:
     """Returns the largest ratio max/mean of routed tokens over layers since the last report."""
-    routers = [m for m in engine.module.modules() if isinstance(m, Router)]
+    routers = [m for m in engine.module.modules() if hasattr(m, "tokens_per_expert")]
     if not routers:
         return float("nan")
     counts_LE = torch.stack([cast(Tensor, m.tokens_per_expert) for m in routers])

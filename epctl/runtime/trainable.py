@@ -13,9 +13,9 @@ from epctl.runtime.names import hub_tensors
 
 # Checkpoint names, so one pattern fits every layout the experts may have in memory.
 PARTS = {
-    "experts": r"\.mlp\.experts\.",
-    "attention": r"\.self_attn\.",
-    "router": r"\.mlp\.gate\.weight$",
+    "experts": r"\.experts\.\d+\.",
+    "attention": r"\.\w*attn\.",
+    "router": r"\.(gate|router)(\.\w+)?\.weight$",
 }
 
 
@@ -62,7 +62,7 @@ def _names_by_parameter(model: nn.Module, num_experts: int) -> dict[int, list[st
     """
     names: dict[int, dict[str, None]] = {}
     for tensor in hub_tensors(model):
-        before, separator, after = tensor.name.partition(".mlp.experts.")
+        before, separator, after = tensor.name.partition(".experts.")
         known = [tensor.name]
         if separator:
             leaf = after.partition(".")[2]

@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from epctl.config import RunConfig
-from epctl.errors import InputError, LayoutError
+from epctl.errors import InputError
 from epctl.hub import read_local
 from epctl.launch.model_reference import LocalModel, require_trainable
 from epctl.layout.detect import detect
+from epctl.layout.model import MoELayout
 from epctl.runtime import default_model
 from epctl.runtime.build import meta_model
 from epctl.runtime.load import CheckpointWeights, leftover_tensors
+from epctl.runtime.moe_blocks import moe_layout
+from epctl.runtime.native_config import config_of
 from epctl.runtime.weights import RandomWeights, WeightSource
 
 
@@ -30,6 +33,7 @@ class TrainingModel:
     config: Any
     weights: WeightSource
     tokenizer: Any
+    moe: MoELayout
     revision: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -68,29 +72,30 @@ def open_training_model(
 
 
 def _embedded_model(seed: int) -> TrainingModel:
+    config = default_model.default_config()
     return TrainingModel(
         default_model.NAME,
-        default_model.default_config(),
+        config,
         RandomWeights(seed),
         default_model.byte_tokenizer(),
+        moe_layout(meta_model(config, torch.bfloat16), config),
     )
 
 
 def open_checkpoint(name: str, folder: Path | None, tokenizer: Any) -> TrainingModel:
-    """Returns a DeepSeek-V3-layout checkpoint, its tensors accounted for one by one."""
+    """Returns a checkpoint with routed experts, its tensors accounted for one by one.
+
+    Raises LayoutError for a model that cannot be trained, InputError for tensors without a place.
+    """
     assert folder is not None
     source = read_local(folder, id=name)
     layout = detect(source)
     require_trainable(layout)
-    config = _native_config(folder)
-    if config.tie_word_embeddings:
-        raise LayoutError(
-            f"`{name}` ties embedding and head (`tie_word_embeddings`), which is not built yet",
-            hint="no published DeepSeek-V3-layout model does; check config.json",
-        )
+    config = config_of(folder)
     weights = CheckpointWeights(source, layout)
     whole = meta_model(config, torch.bfloat16)
-    dropped, unknown = leftover_tensors(source, whole, config.num_hidden_layers)
+    weights.note_names(whole)
+    dropped, unknown = leftover_tensors(source, whole, config.num_hidden_layers, layout)
     if unknown:
         raise InputError(
             f"`{name}` holds {len(unknown)} tensors that the model has no place for, first "
@@ -98,22 +103,8 @@ def open_checkpoint(name: str, folder: Path | None, tokenizer: Any) -> TrainingM
             hint="config.json belongs to another checkpoint, or the layout is a newer one",
         )
     notes = [f"not read: {count} {reason}" for reason, count in dropped.items()]
-    return TrainingModel(name, config, weights, tokenizer, notes=notes)
-
-
-def _native_config(folder: Path) -> Any:
-    """Returns transformers' own config, whatever code the repository brings along.
-
-    `auto_map` is dropped: saved beside weights without that code it would break loading.
-    """
-    from transformers import DeepseekV3Config
-
-    config = DeepseekV3Config.from_pretrained(folder)
-    if hasattr(config, "auto_map"):
-        del config.auto_map
-    config.model_type = "deepseek_v3"
-    config.architectures = ["DeepseekV3ForCausalLM"]
-    return config
+    assert layout.moe is not None
+    return TrainingModel(name, config, weights, tokenizer, layout.moe, notes=notes)
 
 
 def load_tokenizer(folder: str, *, trust_remote_code: bool) -> Any:
@@ -132,13 +123,6 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool) -> Any:
             f"{''.join(first_line)}",
             hint="give another one with `--tokenizer PATH|ID`",
         ) from None
-
-
-def cut_depth(config: Any, num_layers: int | None) -> int:
-    """Reduces a transformers config to its first layers; returns how many are left."""
-    if num_layers is not None:
-        config.num_hidden_layers = min(num_layers, config.num_hidden_layers)
-    return int(config.num_hidden_layers)
 
 
 @contextlib.contextmanager

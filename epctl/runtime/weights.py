@@ -6,7 +6,7 @@ import hashlib
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WeightSource(Protocol):
@@ -14,6 +14,9 @@ class WeightSource(Protocol):
 
     def read_into(self, name: str, destination: Tensor) -> None:
         """Copies tensor `name` into `destination`; raises InputError if it does not fit."""
+
+    def note_names(self, model: nn.Module) -> None:
+        """Notes on the modules of `model` where this source's names differ from transformers'."""
 
 
 class RandomWeights:
@@ -25,6 +28,9 @@ class RandomWeights:
     def __init__(self, seed: int, std: float = 0.02) -> None:
         self.seed = seed
         self.std = std
+
+    def note_names(self, model: nn.Module) -> None:
+        """Fresh weights have transformers' own names."""
 
     def read_into(self, name: str, destination: Tensor) -> None:
         if destination.ndim < 2:

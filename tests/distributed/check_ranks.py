@@ -32,12 +32,14 @@ from epctl.runtime.mesh import Mesh
 @contextlib.contextmanager
 def route_scale_dropped() -> Iterator[None]:
     """The rule is read without `routed_scaling_factor`: 1 instead of 2.446."""
-    read = moe.RouterRule.from_deepseek_v3
+    read = moe.RouterRule.from_layout
 
-    def without_scale(config: Any) -> moe.RouterRule:
-        return replace(read(config), scale=1.0)
+    def without_scale(*facts: Any) -> moe.RouterRule:
+        rule = read(*facts)
+        assert rule is not None
+        return replace(rule, scale=1.0)
 
-    with mock.patch.object(moe.RouterRule, "from_deepseek_v3", without_scale):
+    with mock.patch.object(moe.RouterRule, "from_layout", without_scale):
         yield
 
 

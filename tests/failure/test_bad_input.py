@@ -100,10 +100,10 @@ DAMAGES: dict[str, tuple[Damage, type[EpctlError], str, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), InputError, "no `config.json`", ""),
     "fp8": (quantise, LayoutError, "stored quantised (fp8", "epctl export"),
     "other family": (
-        lambda f: edit_config(f, model_type="deepseek_v32"),
+        lambda f: edit_config(f, model_type="newcomer", architectures=["NewcomerForCausalLM"]),
         LayoutError,
-        "model_type `deepseek_v32`",
-        "epctl inspect",
+        "model_type `newcomer`",
+        "adding-a-model",
     ),
     "no tokenizer": (no_tokenizer, InputError, "no tokenizer", "--tokenizer"),
     "remote tokenizer": (remote_tokenizer, InputError, "does not run unasked", "--tokenizer"),

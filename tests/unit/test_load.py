@@ -19,9 +19,10 @@ from epctl.launch.ignored import ignored_settings
 from epctl.launch.track import require_tracker, tracked_values
 from epctl.layout.detect import detect
 from epctl.layout.source import read_folder
-from epctl.runtime.build import meta_model, swap_moe_blocks
+from epctl.runtime.build import meta_model
 from epctl.runtime.load import CheckpointWeights, leftover_tensors
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.moe_blocks import swap_moe_blocks
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.run_settings import num_steps
 from epctl.runtime.trainable import select_trainable

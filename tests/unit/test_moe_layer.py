@@ -9,10 +9,10 @@ import torch
 from parity_ranks import tiny_config
 from torch import nn
 
-from epctl.runtime.build import materialize, meta_model, swap_moe_blocks
+from epctl.runtime.build import materialize, meta_model
 from epctl.runtime.dispatch import local_expert_ids
 from epctl.runtime.mesh import Mesh
-from epctl.runtime.moe import ExpertParallelMoE, RouterRule
+from epctl.runtime.moe_blocks import swap_moe_blocks
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.weights import RandomWeights
 
@@ -83,17 +83,17 @@ def gradient_of(tensor: object) -> torch.Tensor | None:
 def test_correction_bias_changes_the_choice_but_not_the_weights() -> None:
     ours, _ = both_models()
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    weights, experts = ours.gate(x)
+    _, weights, experts = ours.gate(x)
     ours.gate.e_score_correction_bias.zero_()
-    _, unbiased = ours.gate(x)
+    _, _, unbiased = ours.gate(x)
     assert not torch.equal(experts.sort().values, unbiased.sort().values)
     torch.testing.assert_close(weights.sum(dim=1), torch.full((64,), 2.446))
 
 
 def test_fault_routed_scaling_factor_left_at_one() -> None:
     """AutoEP once ran Moonlight at scale 1.0: the config key was not mapped."""
-    assert RouterRule.from_deepseek_v3(tiny_config()).scale == 2.446
     ours, theirs = both_models()
+    assert ours.gate.rule.scale == 2.446
     x = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
     ours.gate.rule = dataclasses.replace(ours.gate.rule, scale=1.0)
     with pytest.raises(AssertionError, match="not close"):
@@ -103,9 +103,9 @@ def test_fault_routed_scaling_factor_left_at_one() -> None:
 def test_fault_boolean_taken_for_a_process_group() -> None:
     """AutoEP once let a flag shadow the ep group; every collective then ran over all ranks."""
     mesh = Mesh(rank=0, num_ranks=2, ep_size=2, ep_rank=0, ep_group=True, edp_group=None)
-    rule = RouterRule.from_deepseek_v3(tiny_config())
+    config = tiny_config()
     with pytest.raises(AssertionError):
-        ExpertParallelMoE(rule, None, 32, 24, mesh, torch.float32)
+        swap_moe_blocks(meta_model(config, torch.float32), config, mesh, torch.float32)
 
 
 def test_fault_reordering_by_local_instead_of_global_expert_count() -> None:
@@ -128,14 +128,13 @@ def test_routing_counts_are_recorded_in_training_only() -> None:
 
 
 def test_router_scores_in_float32_for_bfloat16_models() -> None:
-    rule = RouterRule.from_deepseek_v3(tiny_config())
-    layer = ExpertParallelMoE(rule, None, 32, 24, ONE_RANK, torch.bfloat16)
-    materialize_bf16 = RandomWeights(seed=0, std=0.2)
-    for tensor in hub_tensors(layer, "layer"):
-        with torch.no_grad():
-            materialize_bf16.read_into(tensor.name, tensor.local())
+    config = tiny_config()
+    model = meta_model(config, torch.bfloat16)
+    swap_moe_blocks(model, config, ONE_RANK, torch.bfloat16)
+    layer = model.get_submodule("model.layers.1.mlp")
+    materialize(layer, "layer", RandomWeights(seed=0, std=0.2), CPU)
     x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weights, _ = layer.gate(x)
+    _, weights, _ = layer.gate(x)
     logits = x.double() @ layer.gate.weight.double().T
     scores = logits.sigmoid().topk(3).values
     expected = scores / scores.sum(dim=1, keepdim=True) * 2.446

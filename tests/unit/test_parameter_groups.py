@@ -10,8 +10,8 @@ from torch import nn
 
 from epctl.config import OptimSection
 from epctl.errors import ConfigError
-from epctl.runtime.build import swap_moe_blocks
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.moe_blocks import swap_moe_blocks
 from epctl.runtime.parameter_groups import classify, count_split, parameter_groups, row_blocks
 
 MUON = OptimSection()
