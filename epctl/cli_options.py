@@ -48,7 +48,8 @@ ProfileOption = Annotated[
 ]
 TrackOption = Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")]
 ResumeOption = Annotated[
-    Path | None, typer.Option(help="Run folder: go on from its newest checkpoint.")
+    str | None,
+    typer.Option(help="Run folder to go on in; or auto, must, never with `--output RUN`."),
 ]
 CheckOption = Annotated[
     bool, typer.Option("--check", help="Prove the layout on two steps, do not train.")

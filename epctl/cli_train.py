@@ -51,6 +51,7 @@ from epctl.output import out, set_mode
         "epctl train moonshotai/Moonlight-16B-A3B --data chats.jsonl --ep 8 --epochs 2",
         "epctl train ./moonlight --data chats.jsonl --ep 8 --check --check-layers 2",
         "epctl train --resume runs/first --steps 400",
+        "epctl train --resume auto -o runs/night --ep 4 --set checkpoint.every=30min",
         "epctl train -o /shared/run --ep 8 --nnodes 2 --node-rank 1 --rdzv node0:29500",
         "epctl train -o /shared/run --ep 8 --num-ranks 16 --nnodes 2 --launcher slurm --print",
     )
@@ -96,10 +97,11 @@ def train(
     """Train; with no model, a small one of Moonlight's layout on local Python sources."""
     from epctl.config import resolve_config
     from epctl.launch.nodes_start import start_elsewhere, starts_elsewhere
-    from epctl.launch.resume_run import resumed_settings
+    from epctl.launch.resume_run import choose_resume, resumed_settings
     from epctl.launch.train_command import run_train
 
     set_mode(json_mode=json_mode, quiet=quiet)
+    earlier, fresh = choose_resume(resume, output, out)
     flags = {
         "model.reference": model,
         "model.tokenizer": tokenizer,
@@ -118,8 +120,8 @@ def train(
         "train.tokens": tokens,
         "train.epochs": epochs,
         "train.seed": seed,
-        "run.output": str(output) if output is not None else None,
-        "run.resume": str(resume) if resume is not None else None,
+        "run.output": str(fresh) if fresh is not None else None,
+        "run.resume": str(earlier) if earlier is not None else None,
         "run.track": track,
         "run.profile": profile or None,
         "check.num_layers": check_layers,
@@ -130,7 +132,7 @@ def train(
         "launch.hostfile": str(hostfile) if hostfile is not None else None,
         "launch.max_restarts": max_restarts,
     }
-    base = resumed_settings(resume) if resume is not None else None
+    base = resumed_settings(earlier) if earlier is not None else None
     resolved = resolve_config(file=config, settings=settings, flags=flags, base=base)
     if starts_elsewhere(resolved.config, print_only=print_only) and not dry_run:
         start_elsewhere(resolved, out, print_only=print_only, check=check)

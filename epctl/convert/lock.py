@@ -10,15 +10,15 @@ from epctl.errors import ConfigError
 
 
 @contextmanager
-def output_lock(output: Path) -> Iterator[str | None]:
-    """Holds `<output>.lock`; yields a note when the lock of a dead process was taken over.
+def output_lock(output: Path, path: Path | None = None) -> Iterator[str | None]:
+    """Holds a lock file, by default `<output>.lock`; yields a note when a dead one was taken over.
 
     The lock names process and host. One of this host whose process is gone is stale and taken
     over; a living owner, or one on another host, stops the caller with ConfigError.
     """
     from filelock import SoftFileLock, Timeout
 
-    path = output.with_name(output.name + ".lock")
+    path = path or output.with_name(output.name + ".lock")
     previous = _owner(path)
     # The first try clears a stale lock away, a later one takes its place.
     lock = SoftFileLock(path, timeout=1.0)

@@ -151,12 +151,17 @@ def _unfolded(entries: Any) -> tuple[dict[str, str], ...]:
 
 
 def resolve_run(reference: str) -> str:
-    """Returns the model folder that a run folder of `epctl train` stands for.
+    """Returns the model folder that a run of `epctl train`, or one of its checkpoints, stands for.
 
-    That is `RUN/model` once training ended, else its newest checkpoint; anything else is returned
-    as it is.
+    Of a run that is `RUN/model` once training ended, else its newest checkpoint's; anything else
+    is returned as it is. Raises InputError for a checkpoint that was never finished.
     """
     folder = Path(reference).expanduser()
+    if is_checkpoint(folder):
+        from epctl.runtime.checkpoint_manifest import read_manifest as read_checkpoint
+
+        read_checkpoint(folder)
+        return str(folder / "model")
     if not (folder / "config.json").is_file() or (folder / "model.safetensors").exists():
         return reference
     finished = folder / "model"
@@ -165,5 +170,10 @@ def resolve_run(reference: str) -> str:
     if (folder / "checkpoints").is_dir():
         from epctl.runtime.run_checkpoints import newest_checkpoint
 
-        return str(newest_checkpoint(folder))
+        return str(newest_checkpoint(folder) / "model")
     return reference
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """True for a `step-N` folder of a run: a model beside the state that training goes on from."""
+    return (folder / "model" / CONFIG_NAME).is_file() and (folder / "state").is_dir()

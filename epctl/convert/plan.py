@@ -20,7 +20,7 @@ from epctl.convert.restate import Restated
 from epctl.errors import ConfigError
 from epctl.layout.model import MoELayout
 from epctl.layout.parallel import ep_sizes
-from epctl.layout.safetensors import DTYPE_BITS
+from epctl.layout.safetensors import DTYPE_BITS, format_header
 from epctl.layout.shards import INDEX_NAME, SINGLE_NAME
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -55,19 +55,7 @@ class PlannedFile:
 
     def header(self) -> bytes:
         """Returns the header with its length in front, padded so that data starts aligned."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for tensor in self.tensors:
-            end = position + tensor.num_bytes
-            entries[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
-            position = end
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return format_header((t.name, t.dtype, t.shape, t.num_bytes) for t in self.tensors)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Writer:
             self.journal.finish(file.path, digests)
 
     def _write_body(self, reader: Reader, file: PlannedFile, descriptor: int) -> list[str]:
-        written = _write_all(descriptor, file.header())
+        written = write_all(descriptor, file.header())
         self.advance(written)
         flushed = 0
         digests = []
@@ -173,7 +173,7 @@ class Writer:
                     if self._stop.is_set():
                         raise _Stopped
                     told.update(chunk)
-                    written += _write_all(descriptor, chunk)
+                    written += write_all(descriptor, chunk)
                     self.advance(len(chunk))
                     if written - flushed >= WRITEBACK_BYTES:
                         reached("mid-tensor")
@@ -210,7 +210,8 @@ def _failed(futures: list[Future[None]]) -> bool:
     return any(future.done() and future.exception() is not None for future in futures)
 
 
-def _write_all(descriptor: int, data: bytes | memoryview) -> int:
+def write_all(descriptor: int, data: bytes | memoryview) -> int:
+    """Writes all of `data`, however little each call takes; returns its bytes."""
     view = memoryview(data)
     done = 0
     while done < len(view):

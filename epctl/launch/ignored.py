@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from epctl.config import ResolvedConfig
+from epctl.interval import parse_interval
 from epctl.launch.dataset_reference import is_dataset
 from epctl.output import Output
 
@@ -75,5 +76,8 @@ def ignored_settings(resolved: ResolvedConfig) -> Iterator[tuple[str, str]]:
         yield "data.shuffle_window", "`data.shuffle` is false"
     if config.data.eval:
         yield "data.held_out_share", "`--eval-data` is given"
-    if config.run.checkpoint_every == 0:
-        yield "run.keep_checkpoints", "`run.checkpoint_every` is 0"
+    if parse_interval(config.checkpoint.every) is None:
+        yield "checkpoint.keep", "`checkpoint.every` is off"
+    if config.guards.spike == "off":
+        yield "guards.spike_factor", "`guards.spike` is off"
+        yield "guards.spike_window", "`guards.spike` is off"

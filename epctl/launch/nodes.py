@@ -105,6 +105,7 @@ def join_job(config: RunConfig, placement: Placement, output: Output, program: s
         folder,
         lambda event: None,
         log_name=f"launcher-node-{launch.node_rank}.log",
+        grace_seconds=config.checkpoint.grace_seconds,
     )
 
 

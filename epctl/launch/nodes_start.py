@@ -12,6 +12,7 @@ from pathlib import Path
 
 from epctl.config import ResolvedConfig, RunConfig
 from epctl.errors import ConfigError, LaunchError
+from epctl.interval import parse_interval
 from epctl.launch.hostfile import Host, read_hostfile
 from epctl.launch.nodes import DEFAULT_PORT, node_arguments
 from epctl.launch.slurm import sbatch_script
@@ -47,8 +48,8 @@ def start_elsewhere(
         text = sbatch_script(
             config, _shared_folder(config), sys.executable, node_arguments(resolved)
         )
-        if not config.run.checkpoint_every:
-            output.warning("`run.checkpoint_every` is 0: a requeued job begins again")
+        if parse_interval(config.checkpoint.every) is None:
+            output.warning("`checkpoint.every` is off: a requeued job begins again")
         if print_only:
             output.text(text)
         else:

@@ -1,18 +1,85 @@
-"""What `--resume RUN` means before anything starts: settings, checkpoint, the same topology."""
+"""What `--resume` means before anything starts: which folder, whose settings, at which layout.
+
+--resume RUN                go on from RUN's newest sound checkpoint, in RUN; must have one
+--resume must  -o RUN       the same
+--resume auto  -o RUN       the same if RUN has a checkpoint, else begin in RUN, saying so
+--resume never -o RUN       begin in RUN, which must not exist yet
+"""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from epctl.config import ResolvedConfig
-from epctl.errors import InputError
+from epctl.errors import ConfigError, InputError
 from epctl.launch.devices import Placement
-from epctl.runtime.run_checkpoints import Topology, newest_checkpoint, require_topology
+from epctl.output import Output
+from epctl.runtime.run_checkpoints import checkpoints_folder, list_checkpoints, newest_checkpoint
 
+MODES = ("auto", "must", "never")
 # Where a run was to go, and what it resumed itself, is not for the next one to inherit.
 NOT_INHERITED = ("run.output", "run.resume", "launch.node_rank", "launch.local_address")
+FAILURE_FILES = (
+    "logs/failure-rank-*.json",
+    "logs/failed-ranks.json",
+    "logs/place-rank-*.json",
+    "command.txt",
+)
+BATCH_KEYS = ("train.micro_batch_size", "train.gradient_accumulation_steps")
+
+
+def choose_resume(
+    resume: str | None, run_folder: Path | None, output: Output
+) -> tuple[Path | None, Path | None]:
+    """Returns (the run to go on, None; or None and the folder for a fresh run).
+
+    Raises ConfigError for a mode without a folder, or both a run and a folder; InputError for
+    `must` without a checkpoint, or `auto` where there are checkpoints of which none counts.
+    """
+    if resume is None:
+        return None, run_folder
+    if resume not in MODES:
+        if run_folder is not None and run_folder.resolve() != Path(resume).resolve():
+            raise ConfigError(
+                f"`--resume {resume}` goes on in that folder; `--output {run_folder}` is another",
+                hint=f"leave out `--output`, or start a new run from the weights: "
+                f"`epctl train {resume}/checkpoints/step-N/model`",
+            )
+        return Path(resume), None
+    if run_folder is None:
+        raise ConfigError(
+            f"`--resume {resume}` needs the run's folder",
+            hint=f"`--resume {resume} --output RUN`, or `--resume RUN`",
+        )
+    if resume == "must":
+        return run_folder, None
+    if resume == "auto" and _may_go_on(run_folder, output):
+        return run_folder, None
+    return None, run_folder
+
+
+def _may_go_on(run_folder: Path, output: Output) -> bool:
+    """True if the run has a checkpoint; else makes room for a fresh one, saying so."""
+    listed = list_checkpoints(run_folder)
+    if any(found.manifest is not None for found in listed):
+        return True
+    if listed:
+        raise InputError(
+            f"run `{run_folder}` has checkpoints, and none of them counts"
+            + "".join(f"\n  {found.reason}" for found in listed),
+            hint="`--resume auto` does not begin again over them: move them away, or choose "
+            "another `--output`",
+        )
+    if (run_folder / "config.json").is_file():
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        aside = run_folder.with_name(f"{run_folder.name}.before-{stamp}")
+        run_folder.rename(aside)
+        output.warning(f"`{run_folder}` had no checkpoint yet: put aside as `{aside}`")
+    output.note(f"`{run_folder}` has no checkpoint: begins at step 0")
+    return False
 
 
 def resumed_settings(run_folder: Path) -> tuple[Mapping[str, Any], str]:
@@ -21,32 +88,76 @@ def resumed_settings(run_folder: Path) -> tuple[Mapping[str, Any], str]:
     Raises InputError if the folder is no run or has no checkpoint.
     """
     newest_checkpoint(run_folder)
-    path = run_folder / "config.json"
-    try:
-        earlier = ResolvedConfig.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"`{path}` cannot be read: {error}") from None
-    values = {key: v for key, v in earlier.given().items() if key not in NOT_INHERITED}
+    values = {k: v for k, v in _earlier(run_folder).given().items() if k not in NOT_INHERITED}
     return values, f"run {run_folder}"
 
 
-def checkpoint_to_resume(resolved: ResolvedConfig, placement: Placement) -> Path | None:
-    """Returns the checkpoint the run goes on from, None for a fresh run.
+def _earlier(run_folder: Path) -> ResolvedConfig:
+    path = run_folder / "config.json"
+    try:
+        return ResolvedConfig.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"`{path}` cannot be read: {error}") from None
 
-    Raises ConfigError if it was written at another topology.
+
+def keep_global_batch(
+    resolved: ResolvedConfig, placement: Placement, output: Output
+) -> ResolvedConfig:
+    """Returns settings under which a resumed run has the sequences a step that it had before.
+
+    On another number of ranks the accumulation changes, and if need be the micro-batch; what is
+    given for this start stays, with a warning where that changes the batch.
+
+    Raises ConfigError if the batch cannot be dealt out.
     """
-    config = resolved.config
-    if config.run.resume is None:
-        return None
-    checkpoint = newest_checkpoint(Path(config.run.resume))
-    asked = Topology(placement.num_ranks, config.parallel.ep, config.parallel.zero)
-    require_topology(checkpoint, asked)
-    return checkpoint.resolve()
+    run_folder = resolved.config.run.resume
+    if run_folder is None:
+        return resolved
+    earlier = _earlier(Path(run_folder)).config.train
+    written = list_checkpoints(Path(run_folder))
+    num_ranks = next(f.manifest.topology.num_ranks for f in reversed(written) if f.manifest)
+    wanted = earlier.micro_batch_size * earlier.gradient_accumulation_steps * num_ranks
+    train = resolved.config.train
+    asked = train.micro_batch_size * train.gradient_accumulation_steps * placement.num_ranks
+    if asked == wanted:
+        return resolved
+    if any(resolved.sources[key] in ("flag", "--set") for key in BATCH_KEYS):
+        output.warning(f"a step has {asked} sequences from now on; until here it had {wanted}")
+        return resolved
+    sizes = range(train.micro_batch_size, 0, -1)
+    micro = next((size for size in sizes if wanted % (size * placement.num_ranks) == 0), None)
+    if micro is None:
+        raise ConfigError(
+            f"the run has {wanted} sequences a step, which {placement.num_ranks} ranks cannot "
+            "share",
+            hint="choose `--num-ranks` that divides it, or state the new batch with "
+            "`--set train.micro_batch_size=N`",
+        )
+    accumulation = wanted // (micro * placement.num_ranks)
+    output.note(
+        f"{num_ranks} ranks before, {placement.num_ranks} now: {micro} sequences a micro-step, "
+        f"{accumulation} micro-steps, still {wanted} a step"
+    )
+    resolved = resolved.replaced("train.micro_batch_size", micro)
+    return resolved.replaced("train.gradient_accumulation_steps", accumulation)
 
 
 def reopen_run_folder(folder: Path) -> Path:
-    """Removes what the earlier job left behind about its own failure; returns the absolute path."""
-    for pattern in ("logs/failure-rank-*.json", "logs/failed-ranks.json", "command.txt"):
+    """Returns the absolute path of a run that goes on; raises ConfigError if it is read-only."""
+    try:
+        (folder / "logs").mkdir(exist_ok=True)
+        checkpoints_folder(folder).touch()
+        (folder / "metrics.jsonl").touch()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write run folder `{folder}`: {error.strerror or error}",
+            hint="a run goes on in its own folder: copy it to a disk that can be written",
+        ) from None
+    return folder.resolve()
+
+
+def forget_failure(folder: Path) -> None:
+    """Removes what the earlier job left behind about its own failure."""
+    for pattern in FAILURE_FILES:
         for path in folder.glob(pattern):
             path.unlink()
-    return folder.resolve()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from epctl.convert.lock import output_lock
 from epctl.errors import ConfigError
+
+LOCK_NAME = "run.lock"
 
 
 def choose_run_folder(output: str | None) -> Path:
@@ -40,6 +45,21 @@ def create_run_folder(folder: Path) -> Path:
     except OSError as error:
         raise _unusable(folder, error) from None
     return folder.resolve()
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[str | None]:
+    """Holds a run for one job; yields a note when that of a dead process was taken over.
+
+    Raises ConfigError, naming process and host, while another job has it, or if it is read-only.
+    """
+    try:
+        with output_lock(folder, folder / LOCK_NAME) as note:
+            yield note
+    except OSError as error:
+        if error.filename and str(error.filename).endswith(LOCK_NAME):
+            raise _unusable(folder, error) from None
+        raise
 
 
 def _unusable(folder: Path, error: OSError) -> ConfigError:

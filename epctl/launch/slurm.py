@@ -15,7 +15,7 @@ BODY = """\
 set -euo pipefail
 
 run={run}
-if compgen -G "$run/checkpoints/step-*" > /dev/null; then
+if compgen -G "$run/checkpoints/step-*[0-9]/manifest.json" > /dev/null; then
   where=(--resume "$run")
 else
   if [ -e "$run" ]; then mv "$run" "$run.before-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"; fi

@@ -14,12 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from epctl.errors import ExitCode, LaunchError
 from epctl.launch.failure import explain_failure
 from epctl.output import Output
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 8.0
+# What asks the ranks for one last checkpoint.
+WORKER_MODULE = "epctl.runtime.worker"
+END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class EventTail:
@@ -54,71 +58,142 @@ def run_job(
     *,
     verbose_to: Output | None = None,
     log_name: str = "launcher.log",
+    grace_seconds: float = 0.0,
 ) -> None:
     """Runs the job to its end, calling `on_event` for each event, in order.
 
+    Args:
+        grace_seconds: what the ranks get after SIGTERM or SIGUSR1 to write one last checkpoint.
+
     Raises:
-        LaunchError: a rank failed (its own exit code), SIGTERM arrived (143) or the terminal was
-            closed (SIGHUP, 129).
+        LaunchError: a rank failed (its own exit code), SIGTERM or SIGUSR1 arrived (143) or the
+            terminal was closed (SIGHUP, 129).
         KeyboardInterrupt: Ctrl-C, after every rank is gone and staging folders are removed.
     """
+    following = _Following(run_folder, on_event, verbose_to)
     try:
-        with _raised_signals():
-            process = _start_and_follow(
-                command, environment, run_folder, on_event, verbose_to, log_name
-            )
+        with _handled_signals(following.on_signal if grace_seconds else _raise_terminated):
+            process = following.run(command, environment, log_name, grace_seconds)
     except _Terminated as error:
         number = signal.Signals(error.args[0])
-        code = ExitCode.TERMINATED if number == signal.SIGTERM else 128 + number
+        code = ExitCode.TERMINATED if number in END_SIGNALS else 128 + number
         raise LaunchError(f"terminated ({number.name})", exit_code=int(code)) from None
+    if following.stopped is not None or following.asked is not None:
+        raise _terminated(following)
     if process.returncode != 0:
         _remove_staging(run_folder)
         raise explain_failure(run_folder)
 
 
-def _start_and_follow(
-    command: list[str],
-    environment: Mapping[str, str],
-    run_folder: Path,
-    on_event: Callable[[dict[str, Any]], None],
-    verbose_to: Output | None,
-    log_name: str,
-) -> subprocess.Popen[bytes]:
-    """Returns the ended process; whatever ends the following early ends the process too."""
-    tail = EventTail(run_folder / "metrics.jsonl")
-    follower = _LogFollower(run_folder / "logs" / "rank-0.log", verbose_to)
-    process: subprocess.Popen[bytes] | None = None
-    try:
-        with (run_folder / "logs" / log_name).open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+def _terminated(following: _Following) -> LaunchError:
+    """Returns how a job ended that was asked to, by its launcher or through one of its ranks."""
+    name = following.asked.name if following.asked is not None else "a signal to a rank"
+    stopped = following.stopped
+    if stopped is None:
+        _remove_staging(following.run_folder)
+        return LaunchError(f"terminated ({name})", exit_code=int(ExitCode.TERMINATED))
+    saved = stopped["checkpoint"]
+    hint = f"`epctl train --resume {following.run_folder}` goes on from `{saved}`"
+    return LaunchError(
+        f"terminated ({name}) after step {stopped['step']}",
+        exit_code=int(ExitCode.TERMINATED),
+        hint=hint if saved is not None else None,
+    )
+
+
+class _Following:
+    """A job being run: its events so far, and whether it was asked to end."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        on_event: Callable[[dict[str, Any]], None],
+        verbose_to: Output | None,
+    ) -> None:
+        self.run_folder = run_folder
+        self.asked: signal.Signals | None = None
+        self.stopped: dict[str, Any] | None = None
+        self._on_event = on_event
+        self._tail = EventTail(run_folder / "metrics.jsonl")
+        self._follower = _LogFollower(run_folder / "logs" / "rank-0.log", verbose_to)
+
+    def run(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        log_name: str,
+        grace_seconds: float,
+    ) -> subprocess.Popen[bytes]:
+        """Returns the ended process; whatever ends the following early ends the process too."""
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            with (self.run_folder / "logs" / log_name).open("wb") as log:
+                process = subprocess.Popen(
+                    command,
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self._follow(process, grace_seconds)
+        except BaseException:
+            if process is not None:
+                stop(process, self.run_folder)
+            raise
+        return process
+
+    def _follow(self, process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+        deadline = float("inf")
         while process.poll() is None:
-            _deliver(tail, on_event)
-            follower.show()
+            self._deliver()
+            if self.asked is not None and deadline == float("inf"):
+                deadline = time.monotonic() + grace_seconds
+                ask_to_end(process)
+            if time.monotonic() > deadline:
+                raise _Terminated(self.asked)
             time.sleep(POLL_SECONDS)
-        _deliver(tail, on_event)
-        follower.show()
-    except BaseException:
-        if process is not None:
-            stop(process, run_folder)
-        raise
-    return process
+        self._deliver()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Notes the first request to end; a second one, and SIGHUP, end everything at once."""
+        if number not in END_SIGNALS or self.asked is not None:
+            _raise_terminated(number, frame)
+        self.asked = signal.Signals(number)
+
+    def _deliver(self) -> None:
+        for event in self._tail:
+            if event["event"] == "stopped":
+                self.stopped = event
+            self._on_event(event)
+        self._follower.show()
+
+
+def ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    """Sends SIGUSR1 to the ranks below a launcher, which finish their step and save it."""
+    for rank in _ranks_below(process):
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(signal.SIGUSR1)
+
+
+def _ranks_below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if WORKER_MODULE in child.cmdline() and "RANK" in child.environ():
+                    found.append(child)
+    return found
 
 
 @contextlib.contextmanager
-def _raised_signals() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP exceptions; an ignored SIGHUP (nohup) stays ignored."""
-    numbers = [signal.SIGTERM, signal.SIGHUP]
+def _handled_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Takes over SIGTERM, SIGUSR1 and SIGHUP; an ignored SIGHUP (nohup) stays ignored."""
+    numbers = [*END_SIGNALS, signal.SIGHUP]
     previous = {n: signal.getsignal(n) for n in numbers}
     for number, handler in previous.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, _raise_terminated)
+            signal.signal(number, handle)
     try:
         yield
     finally:
@@ -126,27 +201,22 @@ def _raised_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _deliver(tail: EventTail, on_event: Callable[[dict[str, Any]], None]) -> None:
-    for event in tail:
-        on_event(event)
-
-
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
     raise _Terminated(number)
 
 
 def stop(process: subprocess.Popen[bytes], run_folder: Path) -> None:
-    """Ends the whole process group, politely first, and removes half-written folders.
+    """Ends a launcher and everything below it at once, and removes half-written folders.
 
-    A second signal or Ctrl-C ends the patience, not the cleaning up.
+    Ranks lead sessions of their own. Where Linux would not end them with their launcher, they are
+    killed by hand, first. A second Ctrl-C ends none of this.
     """
-    deadline = time.monotonic() + GRACE_SECONDS
     try:
-        _signal_group(process, signal.SIGTERM)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        for rank in _ranks_below(process):
+            with contextlib.suppress(psutil.Error):
+                rank.kill()
     finally:
-        _signal_group(process, signal.SIGKILL)  # ranks ask Linux to die with their launcher
+        _signal_group(process, signal.SIGKILL)
         process.wait()
         _remove_staging(run_folder)
 

@@ -21,8 +21,8 @@ from epctl.launch.ds_config import deepspeed_config
 from epctl.launch.ignored import warn_of_check_settings, warn_of_ignored_settings
 from epctl.launch.model_reference import fetch, open_reference
 from epctl.launch.nodes import join_job, place_job, require_node_settings
-from epctl.launch.resume_run import checkpoint_to_resume, reopen_run_folder
-from epctl.launch.run_folder import choose_run_folder, create_run_folder
+from epctl.launch.resume_run import forget_failure, keep_global_batch, reopen_run_folder
+from epctl.launch.run_folder import choose_run_folder, create_run_folder, run_lock
 from epctl.launch.supervise import run_job
 from epctl.launch.track import open_tracker, require_tracker
 from epctl.launch.view import RunView
@@ -42,7 +42,6 @@ class Job:
     resolved: ResolvedConfig
     placement: Placement
     source: ModelSource | None
-    checkpoint: Path | None
     datasets: dict[str, PinnedDataset]
 
     @property
@@ -125,21 +124,40 @@ def check_request(resolved: ResolvedConfig, output: Output) -> Job:
             find_records(patterns)
     require_tracker(config.run.track)
     warn_of_ignored_settings(resolved, output)
-    checkpoint = checkpoint_to_resume(resolved, placement)
-    return Job(resolved, placement, source, checkpoint, datasets)
+    resolved = keep_global_batch(resolved, placement, output)
+    return Job(resolved, placement, source, datasets)
 
 
 def launch(
     job: Job, folder: Path, output: Output, *, verbose: bool, program: str = "train"
 ) -> None:
-    """Writes the run folder, starts the ranks and follows them to the end."""
+    """Writes the run folder, starts the ranks and follows them to the end.
+
+    Raises ConfigError while another job has the folder, and what `run_job` raises.
+    """
+    with run_lock(folder) as note:
+        if note:
+            output.note(f"note: {note}")
+        if job.config.run.resume is not None:
+            forget_failure(folder)
+        _launch(job, folder, output, verbose=verbose, program=program)
+
+
+def _launch(job: Job, folder: Path, output: Output, *, verbose: bool, program: str) -> None:
     write_run_folder(job, folder, program)
     command = launch_command(folder, job.placement, program, job.config.launch)
     output.note(f"starting {job.placement.num_ranks} ranks ({job.placement.reason})")
     view = RunView(output, folder, open_tracker(job.config.run.track, folder, job.config))
     try:
         environment = rank_environment(job.placement, os.environ, job.config.launch)
-        run_job(command, environment, folder, view, verbose_to=output if verbose else None)
+        run_job(
+            command,
+            environment,
+            folder,
+            view,
+            verbose_to=output if verbose else None,
+            grace_seconds=job.config.checkpoint.grace_seconds,
+        )
     finally:
         view.close()
 
@@ -147,8 +165,6 @@ def launch(
 def write_run_folder(job: Job, folder: Path, program: str) -> None:
     """Writes what the ranks read: settings, DeepSpeed JSON, command, where the model lies."""
     resolved = job.resolved
-    if job.checkpoint is not None:
-        resolved = resolved.replaced("run.resume", str(job.checkpoint))
     (folder / "config.json").write_text(resolved.to_json(), encoding="utf-8")
     document = json.dumps(job.deepspeed(), indent=2) + "\n"
     (folder / "ds_config.json").write_text(document, encoding="utf-8")

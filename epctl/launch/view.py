@@ -90,7 +90,39 @@ class RunView:
             self.output.note(note)
 
     def _on_checkpoint(self, event: Event) -> None:
-        self.output.note(f"checkpoint of step {event['step']}: {event['folder']}")
+        waited = event["waited_seconds"]
+        late = f", after waiting {waited:.1f} s for the one before" if waited > 1 else ""
+        self.output.note(
+            f"checkpoint of step {event['step']}: {format_bytes(event['bytes'])} in "
+            f"{format_seconds(event['seconds'])} ({event['gigabytes_per_second']:.2f} GB/s), "
+            f"training paused {event['pause_seconds']:.2f} s{late}: {event['folder']}"
+        )
+
+    def _on_checkpoint_failed(self, event: Event) -> None:
+        self.output.warning(
+            f"no checkpoint of step {event['step']}, earlier ones stay: {event['reason']}"
+        )
+
+    def _on_resumed(self, event: Event) -> None:
+        for rejected in event["rejected"]:
+            self.output.warning(
+                f"`{rejected['folder']}` is damaged and put aside as `{rejected['moved_to']}`: "
+                f"{rejected['reason']}"
+            )
+        self.output.note(
+            f"goes on after step {event['step']} from {event['checkpoint']}: "
+            f"{format_bytes(event['bytes'])} of state in {format_seconds(event['seconds'])}"
+        )
+
+    def _on_warning(self, event: Event) -> None:
+        self.output.warning(event["text"])
+
+    def _on_spike(self, event: Event) -> None:
+        done = {"warn": "goes on", "skip": "left out the update", "stop": "stops"}
+        self.output.warning(
+            f"step {event['step']}: loss {event['loss']:.4f}, median of recent steps "
+            f"{event['median']:.4f}; the run {done[event['policy']]}"
+        )
 
     def _on_profile(self, event: Event) -> None:
         self.output.panel(profile_table(event))

@@ -25,7 +25,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -176,6 +176,22 @@ def _refuse_other_formats(start: bytes, file: str) -> None:
         known = magic[:LENGTH_BYTES]
         if start[: len(known)] == known:
             raise NotSafetensorsError(f"`{file}` is {what}", hint=hint)
+
+
+def format_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Returns the header of (name, dtype, shape, bytes) in order, its length in front.
+
+    Padded so that data starts aligned.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape, num_bytes in tensors:
+        end = position + num_bytes
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def parse_header(data: bytes, *, file: str, file_size: int) -> ShardHeader:

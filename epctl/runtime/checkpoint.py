@@ -1,69 +1,71 @@
-"""Writes a Hugging Face folder from any ZeRO stage and EP size, each rank its own experts.
+"""Writes a Hugging Face folder from any ZeRO stage and EP size, each rank its own share.
 
 Nothing appears under the final name before everything is written and synced: ranks write into
-`<name>.tmp`, agree, rank 0 adds the index and renames.
+`<name>.tmp`, agree, rank 0 adds the index and renames. No rank holds more of the model than one
+live tensor beside its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from epctl.convert.writer import sync_folder, write_synced
 from epctl.errors import ResourceError
 from epctl.layout.source import read_shard_header
+from epctl.runtime import checkpoint_files
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.checkpoint_files import TensorWriter
+from epctl.runtime.checkpoint_shares import (
+    assign_writers,
+    gathered_parameters,
+    share_of,
+    units_of,
+)
+from epctl.runtime.host_copy import bytes_on_host
 from epctl.runtime.mesh import Mesh
-from epctl.runtime.names import HubTensor, hub_tensors
+from epctl.runtime.names import hub_tensors
+from epctl.runtime.run_checkpoints import replace_folder
 
-SHARD_BYTES = 4 * 2**30
 INDEX_NAME = "model.safetensors.index.json"
-# safetensors wraps a full disk in its own exception.
+# The tokenizer library wraps a full disk in safetensors' own exception.
 DISK_ERRORS = (OSError, SafetensorError)
 
 
 def save_model(
-    model: nn.Module,
-    mesh: Mesh,
-    folder: Path,
-    write_extras: Callable[[Path], None],
-    write_state: Callable[[Path], None] | None = None,
+    model: nn.Module, mesh: Mesh, folder: Path, write_extras: Callable[[Path], None]
 ) -> int:
     """Writes `folder` as a Hugging Face model; returns its bytes. A collective.
 
     Args:
         write_extras: called on rank 0 with the staging folder, for config and tokenizer.
-        write_state: called on every rank with the staging folder, for what a resume needs;
-            holds no collective, since it is left out where writing failed before.
 
     Raises:
         ResourceError: the disk cannot hold it, or filled up; the staging folder is removed.
         Exception: whatever else a rank met; RuntimeError on the others, so that none waits.
     """
     staging = folder.with_name(folder.name + ".tmp")
-    _agree(mesh, staging, _attempt(_make_staging, staging) if mesh.rank == 0 else None)
-    index, num_bytes, failure = _write_shards(model, mesh, staging)
+    agree(mesh, staging, attempt(make_staging, staging) if mesh.rank == 0 else None)
+    writer, failure = _write_share(model, mesh, staging)
     if mesh.rank == 0:
-        failure = failure or _attempt(write_extras, staging)
-    if write_state is not None:
-        failure = failure or _attempt(write_state, staging)
-    parts = _agree(mesh, staging, failure, (index, num_bytes))
-    total = sum(part_bytes for _, part_bytes in parts)
-    indexes = [part for part, _ in parts]
-    published = _attempt(_publish, folder, staging, indexes, total) if mesh.rank == 0 else None
-    _agree(mesh, staging, published)
+        failure = failure or attempt(write_extras, staging)
+    parts = agree(mesh, staging, failure, (writer.index, writer.num_tensor_bytes))
+    total: int = sum(num_bytes for _, num_bytes in parts)
+    failure = None
+    if mesh.rank == 0:
+        failure = attempt(_publish, folder, staging, [index for index, _ in parts], total)
+    agree(mesh, staging, failure)
     return total
 
 
-def _attempt(action: Callable[..., object], *arguments: object) -> Exception | None:
+def attempt(action: Callable[..., object], *arguments: object) -> Exception | None:
     """Returns what went wrong, so that the caller still enters the collectives that follow."""
     try:
         action(*arguments)
@@ -72,17 +74,21 @@ def _attempt(action: Callable[..., object], *arguments: object) -> Exception | N
     return None
 
 
-def _make_staging(staging: Path) -> None:
+def make_staging(staging: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
 
 
-def _agree(
-    mesh: Mesh, staging: Path, failure: Exception | None, part: tuple[dict[str, str], int] = ({}, 0)
-) -> list[tuple[dict[str, str], int]]:
+def agree(
+    mesh: Mesh,
+    staging: Path,
+    failure: Exception | None,
+    part: Any = None,
+    group: dist.ProcessGroup | None = None,
+) -> list[Any]:
     """Returns every rank's part, or raises on every rank if one of them failed. A collective."""
     reports: list[Any] = [None] * mesh.num_ranks
-    dist.all_gather_object(reports, (part, _reason(failure, mesh.rank)))
+    dist.all_gather_object(reports, (part, _reason(failure, mesh.rank)), group=group)
     reasons = [reason for _, reason in reports if reason is not None]
     if not reasons:
         return [part for part, _ in reports]
@@ -90,11 +96,11 @@ def _agree(
         shutil.rmtree(staging, ignore_errors=True)
     if failure is not None and not isinstance(failure, DISK_ERRORS):
         raise failure
-    is_disk, text = reasons[0]
-    if not is_disk:
-        raise RuntimeError(f"checkpoint not written: {text}")
+    others = [text for is_disk, text in reasons if not is_disk]
+    if others:
+        raise RuntimeError(f"checkpoint not written: {others[0]}")
     raise ResourceError(
-        f"checkpoint not written: cannot write `{staging}`: {text}",
+        f"checkpoint not written: cannot write `{staging}`: {reasons[0][1]}",
         hint="free disk space or choose another folder with `--output`",
     )
 
@@ -108,129 +114,54 @@ def _reason(failure: Exception | None, rank: int) -> tuple[bool, str] | None:
     return is_disk, text if is_disk else f"rank {rank}: {type(failure).__name__}: {text}"
 
 
-def _publish(folder: Path, staging: Path, indexes: list[dict[str, str]], total: int) -> None:
-    """Writes the index, syncs everything and gives the folder its final name."""
-    weight_map = {name: file for index in indexes for name, file in index.items()}
-    for file in sorted(set(weight_map.values())):
-        read_shard_header(staging / file)  # what was written reads back
-    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (staging / INDEX_NAME).write_text(json.dumps(document, indent=1), encoding="utf-8")
+def _publish(folder: Path, staging: Path, indexes: list[Mapping[str, str]], num_bytes: int) -> None:
+    write_index(staging, indexes, num_bytes)
     for path in staging.iterdir():
-        sync_path(path)
-    sync_path(staging)
+        sync_folder(path)
+    sync_folder(staging)
     replace_folder(staging, folder)
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`; what stood there goes only when the new one has its place.
-
-    A kill in between leaves the earlier folder as `<name>.old`.
-    """
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    sync_path(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def write_index(folder: Path, indexes: list[Mapping[str, str]], num_bytes: int) -> None:
+    """Writes the index of a model whose shards lie in `folder`, after reading their headers."""
+    weight_map = {name: file for index in indexes for name, file in index.items()}
+    for file in sorted(set(weight_map.values())):
+        read_shard_header(folder / file)  # what was written reads back
+    document = {
+        "metadata": {"total_size": num_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_synced(folder / INDEX_NAME, json.dumps(document, indent=1).encode())
 
 
-def _write_shards(
+def _write_share(
     model: nn.Module, mesh: Mesh, staging: Path
-) -> tuple[dict[str, str], int, Exception | None]:
-    """Writes this rank's share; returns tensor name -> file, bytes, and what stopped the writing.
+) -> tuple[TensorWriter, Exception | None]:
+    """Writes this rank's share as it is gathered; returns the writer and what stopped it.
 
-    Rank 0 writes the dense part, and of each ep group's copies the first edp rank its experts;
-    the others take part in gathering only. So does a rank that cannot write any more: the others
-    would wait for it.
+    Ranks that write a tensor elsewhere take part in gathering it. So does a rank that cannot write
+    any more: the others would wait for it.
     """
-    index: dict[str, str] = {}
-    writer = _ShardWriter(staging, f"model-rank{mesh.rank:05d}", index)
+    units = units_of(model)
+    writers = assign_writers(units, mesh)
+    share = share_of(units, writers, mesh.rank)
+    writer = TensorWriter(staging, shard_stem(mesh.rank), share, checkpoint_files.SHARD_BYTES)
     failure: Exception | None = None
-    for unit in _units(model):
-        writes = mesh.edp_rank == 0 if unit[0].is_expert else mesh.rank == 0
-        with seams.full_parameters(list(_parameters(unit))):
-            if writes and failure is None:
-                failure = _attempt(writer.add_all, unit)
-    failure = failure or _attempt(writer.flush)
-    return index, writer.num_bytes, failure
+    for unit, rank in zip(units, writers, strict=True):
+        with seams.full_parameters(gathered_parameters(unit)):
+            if rank != mesh.rank or failure is not None:
+                continue
+            for tensor in unit:
+                failure = failure or attempt(_add, writer, tensor.name, tensor)
+    return writer, failure or attempt(writer.close)
 
 
-def _units(model: nn.Module) -> Iterator[list[HubTensor]]:
-    """Groups the checkpoint tensors by the live Parameter they come from: gathered one by one."""
-    unit: list[HubTensor] = []
-    for tensor in hub_tensors(model):
-        if unit and tensor.tensor is not unit[0].tensor:
-            yield unit
-            unit = []
-        unit.append(tensor)
-    if unit:
-        yield unit
+def _add(writer: TensorWriter, name: str, tensor: Any) -> None:
+    writer.add(name, [bytes_on_host(tensor.local())])
 
 
-def _parameters(unit: list[HubTensor]) -> Iterator[nn.Parameter]:
-    if isinstance(unit[0].tensor, nn.Parameter):
-        yield unit[0].tensor
-
-
-class _ShardWriter:
-    """Collects tensors on the host and writes a safetensors file whenever enough are there."""
-
-    def __init__(self, folder: Path, stem: str, index: dict[str, str]) -> None:
-        self.folder = folder
-        self.stem = stem
-        self.index = index
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = self.num_bytes = 0
-        self.num_files = 0
-
-    def add_all(self, unit: list[HubTensor]) -> None:
-        for tensor in unit:
-            self.add(tensor.name, tensor.local())
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self.pending_bytes += tensor.nbytes
-        self.num_bytes += tensor.nbytes
-        if self.pending_bytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.pending:
-            return
-        self.num_files += 1
-        file = f"{self.stem}-{self.num_files:05d}.safetensors"
-        write_safetensors(self.folder / file, self.pending)
-        self.index.update(dict.fromkeys(self.pending, file))
-        self.pending, self.pending_bytes = {}, 0
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes host tensors and syncs; its mode follows the umask (safetensors leaves 0600)."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
-    os.chmod(path, 0o666 & ~_umask())
-    sync_path(path)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def sync_path(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def shard_stem(rank: int) -> str:
+    return f"model-rank{rank:05d}"
 
 
 def checkpoint_bytes(model: nn.Module, mesh: Mesh) -> int:

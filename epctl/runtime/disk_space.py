@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from epctl.config import RunSection
+from epctl.config import RunConfig
 from epctl.errors import ResourceError
+from epctl.interval import parse_interval
 from epctl.output import format_bytes
 
 
-def bytes_to_write(run: RunSection, model_bytes: int, state_bytes: int) -> int:
+def bytes_to_write(config: RunConfig, model_bytes: int, state_bytes: int) -> int:
     """Returns the most bytes a run has on disk at once.
 
     Args:
@@ -22,8 +23,9 @@ def bytes_to_write(run: RunSection, model_bytes: int, state_bytes: int) -> int:
 
     Retention removes the oldest checkpoint after the newest is complete: one more than it keeps.
     """
-    checkpoints = run.keep_checkpoints + 1 if run.checkpoint_every else 0
-    return model_bytes * run.save + checkpoints * (model_bytes + state_bytes)
+    writes = parse_interval(config.checkpoint.every) is not None
+    checkpoints = config.checkpoint.keep + 1 if writes else 0
+    return model_bytes * config.run.save + checkpoints * (model_bytes + state_bytes)
 
 
 def require_disk_space(folder: Path, num_bytes: int) -> None:
@@ -36,7 +38,7 @@ def require_disk_space(folder: Path, num_bytes: int) -> None:
     if answer[0] is not None:
         raise ResourceError(
             answer[0],
-            hint="choose another disk with `--output`, fewer `run.keep_checkpoints`, or "
+            hint="choose another disk with `--output`, fewer `checkpoint.keep`, or "
             "`--set run.save=false`",
         )
 

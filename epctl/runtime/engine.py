@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.attention_logits import AttentionLogits
 from epctl.runtime.chunked_loss import limit_logits
 from epctl.runtime.data_batch import Batch
+from epctl.runtime.guards import StepGuard
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
 from epctl.runtime.optimizer import MatrixOptimizer
@@ -148,11 +149,17 @@ def train_step(
     batches: Sequence[Batch | torch.Tensor],
     config: RunConfig,
     mesh: Mesh,
+    guard: StepGuard | None = None,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> tuple[float, float]:
     """Runs one optimizer step over its micro-batches; returns (mean loss, raw gradient norm).
 
     The loss is the mean over the targets of all ranks and micro-steps together, so a batch with
     few targets does not weigh as much as a full one.
+
+    Args:
+        guard: asked before the update; may have it left out, or raise GateError on every rank.
+        enter: told what the rank is about to do.
     """
     micro_batches = [_as_batch(batch) for batch in batches]
     num_micro_batches = len(batches) * dist.get_world_size()
@@ -162,20 +169,24 @@ def train_step(
     targets_per_micro_batch = targets.clamp_min(1) / num_micro_batches
     norm = float("nan")
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches):
+        enter(f"forward {number + 1}")
         inputs = batch.to(engine.device).model_inputs()
         result = engine(**inputs, num_items_in_batch=targets_per_micro_batch)
+        enter(f"backward {number + 1}")
         engine.backward(result.loss)
+        total += result.loss.detach().double()
         if config.parallel.zero == 0 and engine.is_gradient_accumulation_boundary():
             # DeepSpeed's own Muon runs unclipped at every stage: ds_config.py.
             own = config.optim.name != "deepspeed-muon"
             bound = config.optim.gradient_clipping if own else 0.0
             norm = seams.clip_gradients_zero0(engine, mesh, bound)
         if engine.is_gradient_accumulation_boundary():
-            _before_optimizer_step(engine, config, norm)
+            enter("optimizer step")
+            skips = guard is not None and guard.before_update(total, num_micro_batches)
+            _before_optimizer_step(engine, config, norm, skips=skips)
         with annotate("optimizer"):
             engine.step()
-        total += result.loss.detach().double()
     scheduler.step()
     dist.all_reduce(total)
     if config.parallel.zero > 0:
@@ -187,13 +198,16 @@ def _as_batch(batch: Batch | torch.Tensor) -> Batch:
     return Batch.of_ids(batch) if isinstance(batch, torch.Tensor) else batch
 
 
-def _before_optimizer_step(engine: Any, config: RunConfig, norm: float) -> None:
-    """Tells epctl's optimizer what it must know of this step; `norm` is meant at ZeRO-0 only."""
+def _before_optimizer_step(engine: Any, config: RunConfig, norm: float, *, skips: bool) -> None:
+    """Tells epctl's optimizer what it must know of this step; `norm` is meant at ZeRO-0 only.
+
+    A norm that is not finite leaves the update out; DeepSpeed does so itself at other stages.
+    """
     optimizer = seams.client_optimizer(engine)
     if not isinstance(optimizer, MatrixOptimizer):
         return
-    if config.parallel.zero == 0:
-        optimizer.skip_next_step(not math.isfinite(norm))
+    overflow = config.parallel.zero == 0 and not math.isfinite(norm)
+    optimizer.skip_steps(skips or overflow)
     if optimizer.attention_logits is None:
         return
     report, bound = optimizer.attention_logits.collect(), config.optim.qk_clip

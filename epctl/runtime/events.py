@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,30 @@ FILE_NAME = "metrics.jsonl"
 
 
 class EventLog:
-    """Appends one JSON object a line; only rank 0 has a file, other ranks drop their events."""
+    """Appends one JSON object a line; only rank 0 has a file, other ranks drop their events.
+
+    The thread that writes a checkpoint reports too, so lines are written one at a time.
+    """
 
     def __init__(self, run_folder: Path, rank: int) -> None:
         self._file = (run_folder / FILE_NAME).open("a", encoding="utf-8") if rank == 0 else None
+        self._lock = threading.Lock()
 
     def write(self, event: str, **fields: Any) -> None:
         """Writes and flushes, so that the launcher sees it at once."""
-        if self._file is not None:
-            record = {"event": event, "time": round(time.time(), 3), **fields}
-            finite = {key: _or_null(value) for key, value in record.items()}
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self._file.flush()
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        finite = {key: _or_null(value) for key, value in record.items()}
+        line = json.dumps(finite, allow_nan=False) + "\n"
+        with self._lock:
+            if self._file is not None:
+                self._file.write(line)
+                self._file.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
 
 def _or_null(value: Any) -> Any:

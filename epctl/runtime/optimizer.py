@@ -64,7 +64,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._partitions: dict[int, FlatPartition] | None = None
         self._units: list[MuonUnit] = []
         self._row_factors: dict[int, Tensor] = {}
-        self._skip_next = False
+        self._skips_steps = False
         self.attention_logits: AttentionLogits | None = None
 
     def wire(self, partitions: list[FlatPartition], device: torch.device | None = None) -> None:
@@ -110,13 +110,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(flat)
             state["exp_avg_sq"] = torch.zeros_like(flat)
 
-    def skip_next_step(self, skip: bool) -> None:
-        """Says whether the next `step()` is to do nothing because its gradients are not finite.
+    def skip_steps(self, skip: bool) -> None:
+        """Says whether `step()` is to do nothing until it is said otherwise.
 
-        Momentum folds a gradient in for ever, so an overflow must not reach it. Needed at ZeRO-0
-        in float32 only: elsewhere DeepSpeed does not call `step()` then.
+        Momentum folds a gradient in for ever, so an overflow or a spike must not reach it. One
+        step of the engine calls `step()` once for each group or sub-group.
         """
-        self._skip_next = skip
+        self._skips_steps = skip
 
     def scale_rows_after_step(self, factors: Mapping[int, Tensor]) -> None:
         """Multiplies rows of Parameters (by id: one float32 factor a row) after the next step."""
@@ -143,8 +143,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         assert closure is None, "closures are not supported"
         if self._partitions is None:
             return
-        if self._skip_next:
-            self._skip_next = False
+        if self._skips_steps:
             return
         groups = {id(flat): group for group in self.param_groups for flat in group["params"]}
         for unit in self._units:

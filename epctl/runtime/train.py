@@ -16,27 +16,33 @@ from torch import nn
 
 from epctl import __version__
 from epctl.config import ResolvedConfig, RunConfig
+from epctl.errors import GateError
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import checkpoint_bytes, save_model
+from epctl.runtime.checkpoint_save import Checkpointer
 from epctl.runtime.data import ByteData, standard_library_corpus
 from epctl.runtime.data_batch import TrainingData
 from epctl.runtime.data_prepare import load_data
 from epctl.runtime.disk_space import bytes_to_write, require_disk_space, sum_over_ranks
 from epctl.runtime.engine import count_state_bytes, create_engine
 from epctl.runtime.events import EventLog
+from epctl.runtime.guards import StepGuard
 from epctl.runtime.load import CheckpointWeights
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.profile import StepProfiler, require_steps_to_profile
 from epctl.runtime.recompute import checkpoint_activations
 from epctl.runtime.report import plan_of
-from epctl.runtime.restart import first_checkpoint
-from epctl.runtime.resume import Checkpointer
+from epctl.runtime.restart import Beginning, find_beginning, put_rejected_aside
+from epctl.runtime.resume import restore
+from epctl.runtime.run_checkpoints import MODEL_FOLDER, committed_checkpoints
 from epctl.runtime.run_settings import choose_device, num_steps
-from epctl.runtime.train_loop import TrainLoop
+from epctl.runtime.stop_request import StopRequest
+from epctl.runtime.train_loop import RunStopped, TrainLoop
 from epctl.runtime.training_model import TrainingModel, check_bytes, open_training_model
 from epctl.runtime.versions import require_equal_versions
+from epctl.runtime.watchdog import Watchdog
 
 
 def train(run_folder: Path) -> None:
@@ -47,9 +53,10 @@ def train(run_folder: Path) -> None:
     events = EventLog(run_folder, mesh.rank)
     events.write("start", epctl=__version__, torch=torch.__version__, ranks=mesh.num_ranks)
 
-    asked = Path(config.run.resume) if config.run.resume is not None else None
-    resume = first_checkpoint(run_folder, asked)
-    model = open_training_model(config, run_folder, weights_from=resume)
+    stop = StopRequest()
+    beginning = begin(config, run_folder, events)
+    model_folder = beginning.checkpoint / MODEL_FOLDER if beginning.checkpoint else None
+    model = open_training_model(config, run_folder, weights_from=model_folder)
     data = open_data(config, run_folder, mesh, model, events)
     steps = num_steps(config.train, mesh, data.num_train_rows)
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
@@ -58,30 +65,93 @@ def train(run_folder: Path) -> None:
     state = count_state_bytes(engine, optimizer)
     state_bytes = sum_over_ranks(state.masters + state.optimizer_state, device)
     model_bytes = checkpoint_bytes(module, mesh)
-    require_disk_space(run_folder, bytes_to_write(config.run, model_bytes, state_bytes))
-    checkpointer = Checkpointer(run_folder, config, mesh, engine, optimizer, scheduler, model)
-    first_step = checkpointer.restore(resume) if resume is not None else 0
-    events.write("plan", **plan_of(config, mesh, engine, optimizer, model), first_step=first_step)
-
-    def save_checkpoint(step: int) -> None:
-        folder = checkpointer.save(step)
-        events.write("checkpoint", step=step, folder=str(folder))
-
+    require_disk_space(run_folder, bytes_to_write(config, model_bytes, state_bytes))
+    checkpointer = Checkpointer(run_folder, config, mesh, engine, optimizer, model, events)
+    limit = 60 * config.guards.stall_minutes
+    watchdog = Watchdog(run_folder, mesh.rank, mesh.num_ranks, limit)
     loop = TrainLoop(
-        engine, scheduler, config, mesh, data, events, model.tokenizer, save_checkpoint
-    )
+        engine, scheduler, config, mesh, data, events, model.tokenizer,
+        checkpointer=checkpointer, stop=stop, watchdog=watchdog,
+    )  # fmt: skip
+    losses = go_on(loop, beginning, optimizer, events)
     if config.run.profile:
-        loop.profiler = StepProfiler(run_folder / "profile", mesh.rank, device, first_step)
-        require_steps_to_profile(config.train.steps, first_step)
-    loop.evaluate("before", first_step)
-    loop.sample("before")
-    loop.run(first_step)
-    loop.evaluate("after", config.train.steps)
-    loop.sample("after")
-    if config.run.save:
-        _save(engine.module, mesh, run_folder / "model", model, events)
-    events.write("done", seconds=round(time.time() - started, 2))
+        require_steps_to_profile(config.train.steps, loop.first_step)
+        loop.profiler = StepProfiler(run_folder / "profile", mesh.rank, device, loop.first_step)
+    loop.guard = StepGuard(engine, config.guards, losses, events.write)
+    facts = plan_of(config, mesh, engine, optimizer, model)
+    events.write("plan", **facts, first_step=loop.first_step)
+    stop.install()
+    watchdog.start()
+    try:
+        train_and_evaluate(loop)
+    except RunStopped:
+        end_early(loop, events)
+    else:
+        checkpointer.finish()
+        watchdog.stop()
+        if config.run.save:
+            _save(engine.module, mesh, run_folder / "model", model, events)
+        events.write("done", seconds=round(time.time() - started, 2))
     finish_rank(events)
+
+
+def begin(config: RunConfig, run_folder: Path, events: EventLog) -> Beginning:
+    """Returns where the run begins; says what was found wrong with its checkpoints."""
+    beginning = find_beginning(run_folder, required=config.run.resume is not None)
+    for note in beginning.notes:
+        events.write("warning", text=note)
+    return beginning
+
+
+def go_on(
+    loop: TrainLoop, beginning: Beginning, optimizer: torch.optim.Optimizer, events: EventLog
+) -> list[float]:
+    """Puts the run where its checkpoint stands; returns the losses the spike guard remembers."""
+    if beginning.checkpoint is None:
+        return []
+    before = time.perf_counter()
+    progress, num_bytes = restore(
+        beginning.checkpoint, loop.config, loop.mesh, loop.engine, optimizer, loop.scheduler
+    )
+    loop.begin_at(progress)
+    put_rejected_aside(beginning)
+    total = sum_over_ranks(num_bytes, loop.engine.device)
+    events.write(
+        "resumed",
+        step=progress.step,
+        checkpoint=str(beginning.checkpoint),
+        rejected=beginning.rejected,
+        bytes=total,
+        seconds=round(time.perf_counter() - before, 4),
+    )
+    return progress.losses
+
+
+def train_and_evaluate(loop: TrainLoop) -> None:
+    """Runs the whole loop; saves that are on their way end even where a guard stops the run."""
+    try:
+        loop.evaluate("before", loop.first_step)
+        loop.sample("before")
+        loop.run()
+        loop.evaluate("after", loop.config.train.steps)
+        loop.sample("after")
+    except GateError:
+        if loop.checkpointer is not None:
+            loop.checkpointer.finish()
+        raise
+
+
+def end_early(loop: TrainLoop, events: EventLog) -> None:
+    """Saves one checkpoint of the last finished step, if there is none, and says how it ended."""
+    saved: str | None = None
+    if loop.config.checkpoint.grace_seconds and loop.checkpointer is not None:
+        loop.save_checkpoint()
+        loop.checkpointer.finish()
+        newest = committed_checkpoints(loop.checkpointer.run_folder)
+        saved = str(newest[-1]) if newest else None
+    if loop.watchdog is not None:
+        loop.watchdog.stop()
+    events.write("stopped", step=loop.step, checkpoint=saved)
 
 
 def start_rank(config: RunConfig) -> tuple[torch.device, Mesh]:

@@ -43,7 +43,7 @@ fi
 
 echo "== 5. Train, with checkpoints to resume from." >&2
 $EPCTL train "${WHAT[@]}" "${EXTRA[@]}" --steps "$STEPS" -o "$RUN" \
-  --set run.checkpoint_every=$((STEPS / 2))
+  --set checkpoint.every=$((STEPS / 2))
 
 echo "== 6. Export: one Hugging Face folder, in the dtype of your choice." >&2
 $EPCTL export "$RUN" -o "$RUN-exported" --dtype bf16

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from checkpoint_by_hand import write_checkpoint
 from stored_models import read_tensors, read_tree, write_model
 
 
@@ -163,13 +164,22 @@ def test_reshard_names_its_output_by_default(shards):
 
 def test_export_takes_a_run_its_checkpoint_or_a_shard_folder(model, shards, tmp_path):
     run = tmp_path / "run"
-    for place in ("checkpoints/step-0000010", "checkpoints/step-0000020"):
-        write_model(run / place, "per_expert", num_experts=8, seed=int(place[-2:]))
+    for step in (10, 20):
+        source = write_model(tmp_path / f"step-{step}", "per_expert", num_experts=8, seed=step)
+        write_checkpoint(run, step, model=source)
     (run / "config.json").write_text("{}")
     assert epctl("export", run, "-o", tmp_path / "newest").returncode == 0
-    newest = read_tensors(tmp_path / "newest")
-    wanted = read_tensors(run / "checkpoints/step-0000020")
-    assert newest == {name: value for name, value in wanted.items() if name in newest}
+    older = run / "checkpoints/step-0000010"
+    assert epctl("export", older, "-o", tmp_path / "older").returncode == 0
+    assert epctl("export", older, "-o", tmp_path / "bf16", "--dtype", "bf16").returncode == 0
+    assert {dtype for dtype, *_ in read_tensors(tmp_path / "bf16").values()} == {"BF16"}
+    for name, step in (("newest", 20), ("older", 10)):
+        exported, wanted = read_tensors(tmp_path / name), read_tensors(tmp_path / f"step-{step}")
+        assert exported == {name: value for name, value in wanted.items() if name in exported}
+    (older / "manifest.json").unlink()
+    unfinished = epctl("export", older, "-o", tmp_path / "unfinished")
+    assert unfinished.returncode == 4
+    assert "it was never finished" in unfinished.stderr
     write_model(run / "model", "per_expert", num_experts=8)
     assert epctl("export", run, "-o", tmp_path / "final").returncode == 0
     assert epctl("export", shards, "-o", tmp_path / "merged").returncode == 0

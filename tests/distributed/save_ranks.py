@@ -12,8 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from seams_ranks import make
 
-from epctl.runtime import checkpoint
+from epctl.runtime import checkpoint, checkpoint_files
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.checkpoint_files import TensorWriter
 from epctl.runtime.leave import leave
 
 
@@ -35,22 +36,22 @@ def main(folder: Path) -> None:
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=30))
     rank = dist.get_rank()
     _, mesh, engine, _, _ = make(3, 2)
-    checkpoint.SHARD_BYTES = 1  # a file a tensor, so that a failure falls between gatherings
+    checkpoint_files.SHARD_BYTES = 1  # a file a tensor, so that a failure falls between gatherings
 
     def save(path: Path, extras: Callable[[Path], None] = lambda staging: None) -> None:
         checkpoint.save_model(engine.module, mesh, path, extras)
 
     result = {}
-    write = checkpoint.write_safetensors
+    open_file = TensorWriter._open_file
 
-    def full_disk(path: Path, tensors: Any) -> None:
-        if dist.get_rank() == 1 and "-00003" in path.name:
+    def full_disk(self: TensorWriter, number: int) -> None:
+        if dist.get_rank() == 1 and number == 2:
             raise OSError(28, "No space left on device")
-        write(path, tensors)
+        open_file(self, number)
 
-    checkpoint.write_safetensors = full_disk
+    TensorWriter._open_file = full_disk  # type: ignore[method-assign]
     result["full_disk"] = outcome(folder / "full", save)
-    checkpoint.write_safetensors = write
+    TensorWriter._open_file = open_file  # type: ignore[method-assign]
 
     def broken_extras(staging: Path) -> None:
         raise ValueError("the tokenizer cannot be saved")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 
 SETTINGS = (
     "--ep", "2", "--zero", "3", "--steps", "4", "--lr", "1e-3",
-    "--set", "train.sequence_length=96", "--set", "run.checkpoint_every=2",
+    "--set", "train.sequence_length=96", "--set", "checkpoint.every=2",
     "--set", "train.eval_every=2", "--set", "train.sample_tokens=8",
     "--set", "train.eval_batches=1",
 )  # fmt: skip
@@ -103,7 +103,7 @@ def test_the_run_learns_from_assistant_turns_and_tells_so(run: Path) -> None:
 def test_checkpoints_and_the_end_load_in_transformers(run: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for folder in (run / "model", *sorted((run / "checkpoints").iterdir())):
+    for folder in (run / "model", *sorted((run / "checkpoints").glob("step-*/model"))):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert type(model).__name__ == "DeepseekV3ForCausalLM"
         assert AutoTokenizer.from_pretrained(folder).chat_template

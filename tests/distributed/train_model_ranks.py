@@ -20,13 +20,14 @@ import torch.distributed as dist
 
 from epctl.config import RunConfig, resolve_config
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.checkpoint_save import Checkpointer
 from epctl.runtime.data_batch import PackedData
 from epctl.runtime.data_packing import PackedRows, stream_spans
 from epctl.runtime.engine import create_engine, train_step
 from epctl.runtime.events import EventLog
 from epctl.runtime.leave import leave
 from epctl.runtime.names import hub_tensors
-from epctl.runtime.resume import Checkpointer
+from epctl.runtime.resume import restore
 from epctl.runtime.train import build
 from epctl.runtime.train_loop import TrainLoop
 from epctl.runtime.training_model import TrainingModel, load_tokenizer, open_checkpoint
@@ -171,12 +172,14 @@ def resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     first = _Run(case, config, folder / "broken")
     first.loop.config = _with_steps(config, half)
     first.loop.run()
-    saved = first.checkpointer.save(half)
+    saved = first.checkpointer.save(first.loop.progress())
+    first.checkpointer.finish()
     first.engine.destroy()
     torch.manual_seed(99)
-    second = _Run(case, config, folder / "broken", weights_from=saved)
-    assert second.checkpointer.restore(saved) == half
-    second.loop.run(half)
+    second = _Run(case, config, folder / "broken", weights_from=saved / "model")
+    second.go_on_from(saved)
+    assert second.loop.first_step == half
+    second.loop.run()
     result = {
         "weights": [digest_of(r.engine.module) for r in (unbroken, second)],
         "state": [state_digest(r.engine, r.optimizer) for r in (unbroken, second)],
@@ -219,11 +222,18 @@ class _Run:
         self.data = _RecordingData(source.train, source.held_out, 3, shuffle=True)
         self.data.drawn = []
         self.checkpointer = Checkpointer(
-            run_folder, config, mesh, self.engine, self.optimizer, scheduler, model
+            run_folder, config, mesh, self.engine, self.optimizer, model, events
         )
         self.loop = TrainLoop(
             self.engine, scheduler, config, mesh, self.data, events, model.tokenizer
         )
+
+    def go_on_from(self, saved: Path) -> None:
+        loop = self.loop
+        progress, _ = restore(
+            saved, loop.config, loop.mesh, self.engine, self.optimizer, loop.scheduler
+        )
+        loop.begin_at(progress)
 
 
 def _random_state() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_by_hand import write_checkpoint
 from tiny_moonlight import write_tiny_moonlight
 
 from epctl.config import ResolvedConfig, resolve_config
@@ -17,6 +18,7 @@ from epctl.errors import ConfigError, EpctlError, HubError, InputError, LayoutEr
 from epctl.launch.resume_run import resumed_settings
 from epctl.launch.train_command import run_train
 from epctl.output import Mode, Output
+from epctl.runtime.checkpoint_manifest import Topology
 
 
 @pytest.fixture(scope="module")
@@ -197,20 +199,17 @@ def test_resume_of_what_is_no_run_or_has_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(resolve_config(flags={}).to_json())
     with pytest.raises(InputError, match="has no checkpoint") as caught:
         resumed_settings(tmp_path)
-    assert "run.checkpoint_every" in str(caught.value.hint)
+    assert "checkpoint.every" in str(caught.value.hint)
 
 
-def test_resume_at_another_topology_names_both(tmp_path: Path) -> None:
+def test_a_batch_that_the_new_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "earlier"
-    state = run / "checkpoints" / "step-0000004" / "state"
-    state.mkdir(parents=True)
-    (run / "config.json").write_text(resolve_config(flags={}).to_json())
-    topology = {"num_ranks": 4, "ep": 4, "zero": 3}
-    document = {"step": 4, "topology": topology, "global_steps": 4, "micro_steps": 4}
-    (state / "run.json").write_text(json.dumps(document))
-    error = attempt(tmp_path, None, run__resume=str(run), parallel__ep=2, parallel__num_ranks=4)
+    settings = {"train.micro_batch_size": 1, "parallel.num_ranks": 2}
+    write_checkpoint(run, 4, topology=Topology(2, 2, 3))
+    (run / "config.json").write_text(resolve_config(flags=settings).to_json())
+    error = attempt(tmp_path, None, run__resume=str(run), parallel__num_ranks=3)
     assert isinstance(error, ConfigError)
-    assert "written by 4 ranks, ep 4, ZeRO-3; asked for 4 ranks, ep 2, ZeRO-3" in error.message
+    assert "the run has 2 sequences a step, which 3 ranks cannot share" in error.message
 
 
 def test_two_lengths_at_once_contradict() -> None:

@@ -32,7 +32,7 @@ SETTINGS = [
     "--set=train.eval_batches=1",
     "--set=train.sample_tokens=0",
     "--set=train.report_every=1",
-    "--set=run.checkpoint_every=2",
+    "--set=checkpoint.every=2",
     "--set=run.save=false",
 ]
 SECONDS = 150.0

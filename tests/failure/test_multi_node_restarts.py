@@ -62,7 +62,7 @@ def kill_rank(process: subprocess.Popen[str], rank: int) -> None:
 @pytest.mark.timeout(400)
 def test_a_killed_rank_is_restarted_once_and_named_the_second_time(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(run, "--steps=100000", "--max-restarts=1", "--set=run.checkpoint_every=2")
+    process = start(run, "--steps=100000", "--max-restarts=1", "--set=checkpoint.every=2")
     try:
         wait_for_checkpoints(run, process, 1)
         kill_rank(process, 1)

@@ -18,10 +18,7 @@ from epctl.launch import supervise
 from epctl.output import Output
 
 
-def test_stop_kills_a_process_that_ignores_sigterm_and_removes_staging(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervise, "GRACE_SECONDS", 0.3)
+def test_stop_kills_a_process_that_ignores_sigterm_and_removes_staging(tmp_path: Path) -> None:
     (tmp_path / "model.tmp").mkdir()
     (tmp_path / "model.tmp" / "half").write_text("x")
     program = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True)"
@@ -52,10 +49,10 @@ def test_an_impatient_second_interrupt_still_kills_and_cleans_up(
     assert process.stdout is not None
     process.stdout.readline()
 
-    def interrupted(seconds: float) -> None:
+    def interrupted(process: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(supervise.time, "sleep", interrupted)
+    monkeypatch.setattr(supervise, "_ranks_below", interrupted)
     with pytest.raises(KeyboardInterrupt):
         supervise.stop(process, tmp_path)
     assert process.returncode == -9

@@ -190,10 +190,10 @@ def test_a_model_brings_its_own_defaults_and_a_later_length_replaces_an_earlier_
 
 def test_settings_without_effect_are_named() -> None:
     embedded = dict(ignored_settings(resolve_config(flags={})))
-    assert {"model.tokenizer", "data.packing", "run.keep_checkpoints"} <= embedded.keys()
-    flags = {"model.reference": "x", "data.train": ("a",), "run.checkpoint_every": 5}
+    assert {"model.tokenizer", "data.packing", "checkpoint.keep"} <= embedded.keys()
+    flags = {"model.reference": "x", "data.train": ("a",), "checkpoint.every": 5}
     assert (
-        not {"data.packing", "run.keep_checkpoints"}
+        not {"data.packing", "checkpoint.keep"}
         & dict(ignored_settings(resolve_config(flags=flags))).keys()
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_by_hand import write_checkpoint
 
 from epctl.config import resolve_config
 from epctl.errors import InputError
@@ -49,7 +50,7 @@ def test_a_run_that_is_done(run: Path, sink: Any) -> None:
 def test_a_run_that_failed_says_why_and_how_to_go_on(run: Path, sink: Any) -> None:
     write_events(run, START, PLAN, START, PLAN, STEP)
     (run / "logs" / "failed-ranks.json").write_text('{"1": -9}')
-    (run / "checkpoints" / "step-0000002").mkdir(parents=True)
+    write_checkpoint(run, 2)
     (run / "checkpoints" / "step-0000004.tmp").mkdir()
     show_logs(run, sink[0], rank=None, num_lines=5)
     text = sink[1].getvalue()

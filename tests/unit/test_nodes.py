@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_by_hand import write_checkpoint
 
 from epctl.config import LaunchSection, ResolvedConfig, resolve_config
 from epctl.errors import ConfigError, InputError, LaunchError
@@ -198,7 +199,7 @@ SCRIPT = r"""#!/bin/bash
 set -euo pipefail
 
 run=/shared/run
-if compgen -G "$run/checkpoints/step-*" > /dev/null; then
+if compgen -G "$run/checkpoints/step-*[0-9]/manifest.json" > /dev/null; then
   where=(--resume "$run")
 else
   if [ -e "$run" ]; then mv "$run" "$run.before-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"; fi
@@ -238,9 +239,10 @@ def test_sbatch_script() -> None:
 def test_sbatch_script_runs_with_a_stand_in_for_slurm(tmp_path: Path, has_checkpoint: bool) -> None:
     """The shell part, with `srun` and `scontrol` of our own: node 1's arguments."""
     run = tmp_path / "run"
-    run.mkdir()
+    (run / "checkpoints" / "step-0000004.tmp").mkdir(parents=True)
+    (run / "checkpoints" / "step-0000004.tmp" / "manifest.json").touch()
     if has_checkpoint:
-        (run / "checkpoints" / "step-0000002").mkdir(parents=True)
+        write_checkpoint(run, 2)
     stand_ins = {
         "scontrol": "#!/bin/sh\necho node7\necho node8\n",
         "srun": '#!/bin/sh\nshift\nSLURM_NODEID=1 exec "$@"\n',
