@@ -7,6 +7,8 @@ fragmentation come on top of it where the question is whether a GPU holds the ru
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 
 from epctl.launch.memory_activations import activation_terms, vision_terms
@@ -67,16 +69,29 @@ def predict(shape: ModelShape, plan: RankPlan) -> Prediction:
     """Returns the bytes of the fullest rank of a plan."""
     assert plan.num_ranks % plan.ep == 0, f"{plan.num_ranks} ranks, ep {plan.ep}"
     assert plan.num_ranks % plan.sp == 0, f"{plan.num_ranks} ranks, sp {plan.sp}"
-    terms = [
-        *state_terms(shape, plan),
-        *gradient_terms(shape, plan),
-        *gather_terms(shape, plan),
+    # The engine's part is the same for every micro-batch: a planner asks for it again and again.
+    engine = dataclasses.replace(
+        plan, micro_batch=1, sequence_length=1, sp=1, checkpointing="none", is_packed=False,
+        accumulation=min(plan.accumulation, 2), imbalance=1.0, patches=0, logits_bytes=0.0,
+    )  # fmt: skip
+    tokens = (
         *activation_terms(shape, plan),
         *vision_terms(shape, plan),
         *loss_terms(shape, plan),
-        *step_terms(shape, plan),
-    ]
+    )
+    terms = (*_engine_terms(shape, engine), *tokens)
     return Prediction(tuple(term for term in terms if term.num_bytes))
+
+
+@functools.lru_cache(maxsize=8192)
+def _engine_terms(shape: ModelShape, plan: RankPlan) -> tuple[Term, ...]:
+    """Returns what does not depend on the tokens of a micro-batch."""
+    return (
+        *state_terms(shape, plan),
+        *gradient_terms(shape, plan),
+        *gather_terms(shape, plan),
+        *step_terms(shape, plan),
+    )
 
 
 def reserve_terms(peak: float) -> tuple[Term, Term]:

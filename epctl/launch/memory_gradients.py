@@ -115,7 +115,7 @@ def _gradients_zero12(local: LocalCounts, plan: RankPlan) -> Iterator[Term]:
         yield Term(
             "gradients before reduction", "gradients", plan.width * whole,
             f"{plan.width} B x trained: ZeRO-1 reduces at the last micro-step only",
-            Phase.LOSS | Phase.BACKWARD, values={"elements": whole},
+            Phase.LOSS | Phase.FIRST_BACKWARD, values={"elements": whole},
         )  # fmt: skip
 
 
@@ -156,19 +156,25 @@ def _gradients_offloaded(local: LocalCounts, plan: RankPlan) -> Iterator[Term]:
         "gradient staging", "engine buffers", plan.width * largest,
         f"{plan.width} B x the largest Parameter", values={"largest": largest},
     )  # fmt: skip
-    if plan.accumulation > 1:
+    if plan.accumulation > 1 and plan.zero == 2 and plan.gradient_bytes == plan.width:
         touched = local.trained("touched")
         yield Term(
             "accumulated gradients on the host", "gradients", plan.width * touched,
             f"{plan.width} B x Parameters that the rank's partition touches",
             place="host", values={"elements": touched},
         )  # fmt: skip
-    if plan.zero == 1:
+    if plan.zero == 2 and plan.gradient_bytes > plan.width:
+        yield Term(
+            "float32 gradients on the device", "gradients", 4 * partition,
+            "4 B x trained / ranks: ZeRO-2 adds them up there before they are copied",
+            _alive(plan) | Phase.FIRST_BACKWARD, values={"elements": partition},
+        )  # fmt: skip
+    if plan.zero == 1 and plan.accumulation > 1:
         whole = local.trained("elements")
         yield Term(
             "gradients before reduction", "gradients", plan.width * whole,
-            f"{plan.width} B x trained, whole until reduced",
-            _alive(plan), values={"elements": whole},
+            f"{plan.width} B x trained: ZeRO-1 reduces at the last micro-step only",
+            Phase.LOSS | Phase.FIRST_BACKWARD, values={"elements": whole},
         )  # fmt: skip
     yield _bucket(plan, Phase.BACKWARD, plan.engine.num_buckets)
 

@@ -6,6 +6,7 @@ intermediate size, F dense intermediate size, H heads, T tokens of a rank's micr
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -71,7 +72,8 @@ class VisionShape:
     window_patches: int
 
 
-@dataclass(frozen=True, slots=True)
+# Compared and hashed by identity: it is the key of many remembered sums.
+@dataclass(frozen=True, eq=False)
 class ModelShape:
     """Everything the memory and the cost model ask of a model; counts are of the whole model."""
 
@@ -114,7 +116,7 @@ class ModelShape:
         """Elements of the head, or of the embedding that stands for it."""
         return self.vocab_size * self.hidden_size
 
-    @property
+    @functools.cached_property
     def num_matrix_parameters(self) -> int:
         """Parameters that a token multiplies with besides routed experts and the head."""
         return sum(

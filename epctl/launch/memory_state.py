@@ -7,6 +7,8 @@ the ranks that hold the same ones (edp).
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +22,8 @@ MASTER_BYTES = 4
 ADAMW_BYTES = 8
 # DeepSpeed splits expert groups at so many elements (moe/utils.py, max_group_size).
 EXPERT_GROUP_ELEMENTS = 178_956_971
+# Above so many ranks the elements that a partition touches are bounded, not walked.
+WALKED_RANKS = 64
 # Flat groups are padded to this times the ranks (nccl_start_alignment_factor).
 ALIGNMENT = 2
 
@@ -77,7 +81,8 @@ def _local_counts(shape: ModelShape, num_ranks: int, ep: int, threshold: int) ->
         group_size = num_ranks // ep if is_expert else num_ranks
         held[family.part] += family.count * numel
         sliced[family.part] += family.count * -(-numel // group_size)
-        num_small += family.count * numel * (numel <= threshold)
+        # One rank's slice is the whole: nothing to gather.
+        num_small += family.count * numel * (numel <= threshold and group_size > 1)
         if family.trained:
             members.setdefault((family.part, family.kind), []).append((numel, family.count))
     groups = tuple(
@@ -98,20 +103,14 @@ def _flat_groups(
     if part == "dense":
         yield _flat_group(part, kind, sizes, num_ranks)
         return
-    # Layer by layer, as the model registers them: every family has one Parameter a layer.
-    rest = {index: count for index, (_, count) in enumerate(sizes)}
     current: list[tuple[int, int]] = []
     elements = 0
-    while any(rest.values()):
-        for index, (numel, _) in enumerate(sizes):
-            if not rest[index]:
-                continue
-            rest[index] -= 1
-            if current and elements + numel > EXPERT_GROUP_ELEMENTS:
-                yield _flat_group(part, kind, current, num_ranks)
-                current, elements = [], 0
-            current.append((numel, 1))
-            elements += numel
+    for numel in _in_layers(sizes):
+        if current and elements + numel > EXPERT_GROUP_ELEMENTS:
+            yield _flat_group(part, kind, current, num_ranks)
+            current, elements = [], 0
+        current.append((numel, 1))
+        elements += numel
     if current:
         yield _flat_group(part, kind, current, num_ranks)
 
@@ -127,10 +126,35 @@ def _flat_group(part: Part, kind: Kind, sizes: list[tuple[int, int]], num_ranks:
         elements,
         partition,
         sum(count * -(-numel // num_ranks) for numel, count in sizes),
-        # Where a cut falls inside a Parameter, its ranks hold its whole gradient.
-        elements if num_ranks == 1 else min(elements, partition + largest),
+        _touched(sizes, partition, num_ranks),
         largest,
     )
+
+
+def _touched(sizes: list[tuple[int, int]], partition: int, num_ranks: int) -> int:
+    """Returns the most elements of whole Parameters that one rank's partition overlaps.
+
+    Where a cut falls inside a Parameter, both its ranks hold its whole gradient. Parameters are
+    taken layer by layer; with many ranks the bound is as good.
+    """
+    elements = sum(numel * count for numel, count in sizes)
+    largest = max(numel for numel, _ in sizes)
+    if num_ranks == 1 or num_ranks > WALKED_RANKS:
+        return min(elements, elements if num_ranks == 1 else partition + largest)
+    ends = list(itertools.accumulate(_in_layers(sizes)))
+    most = 0
+    for rank in range(num_ranks):
+        first = bisect.bisect_right(ends, rank * partition)
+        last = bisect.bisect_left(ends, min(elements, (rank + 1) * partition))
+        if first <= last < len(ends):
+            most = max(most, ends[last] - (ends[first - 1] if first else 0))
+    return most
+
+
+def _in_layers(sizes: list[tuple[int, int]]) -> list[int]:
+    """Returns every Parameter's elements, one of each family in turn."""
+    rounds = max(count for _, count in sizes)
+    return [numel for turn in range(rounds) for numel, count in sizes if turn < count]
 
 
 def state_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
@@ -167,10 +191,8 @@ def state_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
 
 
 def _has_masters(plan: RankPlan) -> bool:
-    """False where the parameters themselves are the float32 numbers that are stepped on."""
-    if plan.bfloat16 or plan.zero in (1, 2):
-        return True
-    return plan.zero == 3 and plan.offload and not plan.on_cpu
+    """False at ZeRO-0 in float32 only, where the parameters themselves are stepped on."""
+    return plan.bfloat16 or plan.zero > 0
 
 
 def _parameter_terms(local: LocalCounts, plan: RankPlan) -> Iterator[Term]:

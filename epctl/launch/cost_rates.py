@@ -1,0 +1,129 @@
+"""How fast a machine is: from `epctl bench moe` results kept on this one, else documented defaults.
+
+Each rate carries where it is from, so that a plan can say which of its numbers were measured here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# (rows of an expert on average, FLOP/s of forward and backward): benchmarks/moe_h100_202611.md.
+H100_EXPERTS = ((48, 36e12), (192, 147e12), (768, 459e12), (1536, 507e12), (6144, 516e12))
+DEFAULT_SOURCES: Mapping[str, str] = {
+    "matmul": "one H100, benchmarks/moe_h100_202611.md: 787 TFLOP/s, 8192^3 in bf16",
+    "experts": "one H100, benchmarks/moe_h100_202611.md: 36 to 516 TFLOP/s by rows of an expert",
+    "memory": "one H100: device copy 3.02 TB/s",
+    "dense_share": "assumed: dense layers reach 0.6 of the matmul rate",
+    "attention": "assumed: 350 TFLOP/s of attention, forward and backward",
+    "newton_schulz": "published, one H100 (Gram Newton-Schulz blog): about 540 TFLOP/s in batches",
+    "nvlink": "assumed: 300 GB/s a GPU inside a node",
+    "network": "assumed: 45 GB/s a GPU between nodes (a 400 Gb/s card each)",
+    "host_link": "assumed: 25 GB/s a GPU to host memory",
+    "host_step": "assumed: 10 GB/s a rank of optimizer state on the host",
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s and bytes/s of one GPU and what joins it to others."""
+
+    matmul: float = 787e12
+    experts: tuple[tuple[float, float], ...] = H100_EXPERTS
+    memory: float = 3.0e12
+    dense_share: float = 0.6
+    attention: float = 350e12
+    newton_schulz: float = 500e12
+    nvlink: float = 300e9
+    network: float = 45e9
+    host_link: float = 25e9
+    host_step: float = 10e9
+    sources: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_SOURCES))
+
+    def expert_flops(self, rows: float) -> float:
+        """Returns the grouped GEMMs' FLOP/s at so many rows an expert, between measured points."""
+        points = self.experts
+        if rows <= points[0][0]:
+            return points[0][1] * max(rows, 1.0) / points[0][0]
+        for (low, slow), (high, fast) in itertools.pairwise(points):
+            if rows <= high:
+                share = math.log(rows / low) / math.log(high / low)
+                return slow + share * (fast - slow)
+        return points[-1][1]
+
+    @property
+    def measured(self) -> list[str]:
+        """Returns the names of rates that were measured on this machine."""
+        return [name for name, text in self.sources.items() if text.startswith("measured")]
+
+
+def store_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Returns where results of `epctl bench` are kept for later plans."""
+    cache = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "epctl" / "bench"
+
+
+def remember(document: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
+    """Keeps a benchmark's result for the planner; a cache that cannot be written is no failure."""
+    folder = store_folder(environment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{document['benchmark']}.json"
+        path.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    except OSError:
+        return
+
+
+def load_rates(files: Iterable[Path] = (), environment: Mapping[str, str] = os.environ) -> Rates:
+    """Returns the rates: of `files`, else of what bench left on this machine, else the defaults.
+
+    Results of a CPU say nothing about the GPUs that are planned for and are left out.
+    """
+    given = list(files) or [store_folder(environment) / "moe.json"]
+    rates = Rates()
+    for path in given:
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        rates = _with_moe(rates, document)
+    return rates
+
+
+def _with_moe(rates: Rates, document: Any) -> Rates:
+    """Returns rates with what an `epctl bench moe` document on a GPU measured."""
+    if not isinstance(document, dict) or document.get("benchmark") != "moe":
+        return rates
+    machine, shape = document.get("machine", {}), document.get("shape", {})
+    if "driver" not in machine or not shape:
+        return rates
+    points = sorted(
+        (row["tokens"] * shape["top_k"] / shape["num_experts"], row["both_tflops"] * 1e12)
+        for row in document["rows"]
+        if row["implementation"] == "epctl" and row["routing"] == "natural"
+    )
+    where = f"measured on this machine: {machine['device']}, {machine.get('date', 'no date')}"
+    sources = dict(rates.sources) | {"matmul": f"{where}, epctl bench moe"}
+    if points:
+        sources["experts"] = f"{where}, epctl bench moe, {len(points)} sizes"
+    return replace(
+        rates,
+        matmul=float(document["matmul_tflops"]) * 1e12,
+        experts=_rising(points) if points else rates.experts,
+        sources=sources,
+    )
+
+
+def _rising(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Extends one or few measured sizes by the shape of the default curve."""
+    if len(points) > 2:
+        return tuple(points)
+    rows, flops = points[-1]
+    scale = flops / Rates().expert_flops(rows)
+    return tuple((n, scale * rate) for n, rate in H100_EXPERTS)
