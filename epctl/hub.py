@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 from epctl.errors import HubError, InputError
 from epctl.layout.catalog import catalog_source, find_entry
 from epctl.layout.safetensors import short_text
+from epctl.layout.shards import MissingShardError
 from epctl.layout.source import ModelSource, choose_weights, read_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -100,7 +102,9 @@ def _from_hub(model_id: str, revision: str | None) -> ModelSource:
         pinned = pin(model_id, revision, endpoint())
         snapshot = cached_snapshot(model_id, pinned.sha)
         if snapshot is not None:
-            return read_folder(snapshot, id=model_id, kind="cache", revision=pinned.sha)
+            # Without all its shards it is a download that was interrupted.
+            with suppress(MissingShardError):
+                return read_folder(snapshot, id=model_id, kind="cache", revision=pinned.sha)
         return read_headers(pinned)
     except HubUnavailableError as error:
         return _fall_back(model_id, revision, error.message, hint=error.hint)
@@ -137,13 +141,20 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
 
 
+def hub_home() -> Path:
+    """Returns the folder of all hub caches, as the variables say now."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("HF_HOME") or os.path.join(cache, "huggingface"))
+
+
+def cache_folder() -> Path:
+    """Returns the hub's cache of models."""
+    return Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub")
+
+
 def cached_snapshot(model_id: str, revision: str | None) -> Path | None:
     """Returns the folder of a downloaded snapshot that holds config and weights, else None."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    repository = Path(cache) / f"models--{model_id.replace('/', '--')}"
+    repository = cache_folder() / f"models--{model_id.replace('/', '--')}"
     name = revision or "main"
     reference = repository / "refs" / name
     if reference.is_file():

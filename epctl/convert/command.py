@@ -14,15 +14,15 @@ from epctl.convert.jobs import (
 )
 from epctl.convert.lock import output_lock
 from epctl.convert.manifest import read_manifest
-from epctl.convert.open import open_checkpoint, open_shards, resolve_run
+from epctl.convert.open import open_checkpoint, open_shards, resolve_run, with_weights
 from epctl.convert.plan import OutputPlan
-from epctl.convert.progress import ByteProgress
 from epctl.convert.summary import plan_document, show_plan, show_result
 from epctl.convert.targets import DtypeChoice, StorageChoice
 from epctl.convert.view import CheckpointView
 from epctl.convert.writer import Writer, check_disk_space
 from epctl.errors import ConfigError, InputError
 from epctl.output import out
+from epctl.progress import ByteProgress
 
 
 def shard(
@@ -83,6 +83,7 @@ def _convert(
         show_plan(title, view, plan, output)
         out.document({"dry_run": True, **plan_document(view, plan, output)})
         return
+    view = with_weights(view, output, plan.num_bytes)
     _refuse_inside(view, output)
     manifest, seconds = write(title, view, plan, output, overwrite=overwrite)
     out.document(_result_document(manifest, output, seconds))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from epctl.convert.manifest import moe_of_manifest, read_manifest
 from epctl.convert.view import CheckpointView, Extent, TensorView, num_bytes, view_of_model
-from epctl.errors import EpctlError, InputError
+from epctl.errors import EpctlError, HubError, InputError
 from epctl.hub import resolve
+from epctl.hub_download import CODE_FILES, WEIGHT_FILES, download
 from epctl.layout.names import unfold_name
 from epctl.layout.safetensors import TensorEntry
 from epctl.layout.source import CONFIG_NAME, parse_config, read_shard_header
@@ -27,6 +29,41 @@ def open_checkpoint(reference: str) -> CheckpointView:
     if manifest is None:
         return view_of_model(resolve(reference))
     return view_of_output(folder, manifest)
+
+
+def with_weights(
+    view: CheckpointView, output: Path | None = None, output_bytes: int = 0
+) -> CheckpointView:
+    """Returns `view` with its weights on this disk, downloading those of a hub model.
+
+    Args:
+        output: where `output_bytes` will be written; the disk must hold both.
+
+    Raises HubError or ResourceError when they cannot be had.
+    """
+    if view.folder is not None:
+        return view
+    hint = f"`hf download {view.id}` on a machine with a network, then give the folder"
+    if not view.file_sizes:
+        raise HubError(
+            f"the weights of `{view.id}` are not on this disk and the hub cannot be reached; "
+            "only the bundled catalog knows the model",
+            hint=f"{hint}; `--dry-run` works without weights",
+        )
+    folder = download(
+        view.id,
+        view.record["revision"],
+        (*WEIGHT_FILES, *CODE_FILES, "LICENSE*", "*.md"),
+        hint=hint,
+        output=output,
+        output_bytes=output_bytes,
+    )
+    for file, size in view.file_sizes.items():
+        if (folder / file).stat().st_size != size:
+            raise InputError(
+                f"`{folder / file}` has {(folder / file).stat().st_size} bytes, the hub says {size}"
+            )
+    return replace(view, folder=folder)
 
 
 def open_shards(reference: str) -> CheckpointView:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from epctl.errors import InputError, LayoutError
+from epctl.errors import LayoutError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -174,31 +174,3 @@ def _fp4_pairs() -> NDArray[np.float32]:
     values = np.array([*FP4_VALUES, *(-value for value in FP4_VALUES)], np.float32)
     codes = np.arange(256)
     return np.stack([values[codes & 0xF], values[codes >> 4]], axis=1)
-
-
-def scale_block(
-    shape: tuple[int, ...], grid: tuple[int, ...], stated: tuple[int, int] | None, name: str
-) -> tuple[int, int]:
-    """Returns the (rows, columns) that one scale covers.
-
-    Args:
-        shape: the weight's last two dims.
-        grid: the scales' last two dims; (1, 1) for one scale, (rows, 1) for one a row.
-        stated: the block size that the config states.
-
-    Raises InputError when no block explains the grid.
-    """
-    sides: list[int] = []
-    for dim in range(2):
-        size, count = shape[dim], grid[dim]
-        # With two blocks or more, one power of two fits at most; with one, any covers the dim.
-        candidates = [stated[dim]] if stated else [1 << power for power in range(4, 15)]
-        candidates += [max(1, size), 1]
-        side = next((c for c in candidates if c and -(-size // c) == count), None)
-        if side is None:
-            raise InputError(
-                f"scales {list(grid)} of `{name}` fit no block of its shape {list(shape)}",
-                hint="the scales belong to another tensor, or the checkpoint is damaged",
-            )
-        sides.append(side)
-    return sides[0], sides[1]

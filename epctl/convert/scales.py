@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from epctl.convert.execute import arithmetic
 from epctl.convert.recipes import Block, LogicalTensor, Matrix, Scale, Weave
 from epctl.convert.view import CheckpointView, Extent, TensorView, cut, num_bytes
+from epctl.errors import InputError
+from epctl.layout.blocks import scale_block
 from epctl.layout.experts import FLOAT8, SCALE_SUFFIXES
 
 BAND_ELEMENTS = 1 << 23
@@ -46,7 +47,12 @@ def fp8_scale(
 ) -> Scale:
     """Returns the Scale of one FP8 matrix. Raises InputError for a grid that fits no block."""
     grid = (1, 1) if math.prod(shape) == 1 else shape if len(shape) == 2 else (*shape, 1)
-    block = arithmetic().scale_block(weight_shape[-2:], grid, stated_block(view), name)
+    block = scale_block(weight_shape[-2:], grid, stated_block(view))
+    if block is None:
+        raise InputError(
+            f"scales {list(grid)} of `{name}` fit no block of its shape {list(weight_shape[-2:])}",
+            hint="the scales belong to another tensor, or the checkpoint is damaged",
+        )
     return Scale("fp8", extents, dtype, grid, block)
 
 

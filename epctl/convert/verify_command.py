@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from epctl.convert.open import open_checkpoint, open_shards
-from epctl.convert.progress import ByteProgress
+from epctl.convert.open import open_checkpoint, open_shards, with_weights
 from epctl.convert.verify import Verdict, check_digests, compare
 from epctl.convert.view import CheckpointView
 from epctl.errors import GateError, InputError
 from epctl.output import format_bytes, out
+from epctl.progress import ByteProgress
 
 MAX_SHOWN = 10
 
@@ -24,8 +24,8 @@ def verify(one: str, other: str | None, tolerance: float | None) -> None:
             "`--tolerance` needs two checkpoints; digests agree or they do not",
             hint="`epctl convert verify A B --tolerance 1e-3`",
         )
-    view = open_checkpoint(one)
-    against = _whole(other, open_checkpoint(other)) if other is not None else None
+    view = with_weights(open_checkpoint(one))
+    against = _whole(other, with_weights(open_checkpoint(other))) if other is not None else None
     total = max(_num_bytes(view), _num_bytes(against) if against is not None else 0)
     with ByteProgress(out, "verify", total) as progress:
         if against is None:

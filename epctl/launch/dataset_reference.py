@@ -16,7 +16,7 @@ from typing import Any
 
 from epctl.config import DataSection
 from epctl.errors import HubError, InputError
-from epctl.hub import PATIENT_CONNECT, connection_problem, endpoint, offline
+from epctl.hub import PATIENT_CONNECT, connection_problem, endpoint, hub_home, offline
 from epctl.layout.remote import SILENCE_LIMIT, mapped_errors, with_retries
 
 FILE_NAME = "dataset.json"
@@ -142,10 +142,7 @@ def _ask(name: str, revision: str | None) -> Any:
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
     """Returns the commit that `datasets` prepared last on this disk, None without one."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets"))
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or hub_home() / "datasets")
     found = [
         path
         for path in cache.glob(f"{name.replace('/', '___')}/*/*/*")

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from epctl.config import ModelSection
 from epctl.errors import ConfigError, HubError, InputError, LayoutError
-from epctl.hub import endpoint, parse_reference, resolve
+from epctl.hub import parse_reference, resolve
+from epctl.hub_download import CODE_FILES, TOKENIZER_FILES, WEIGHT_FILES, download
 from epctl.layout.detect import detect
 from epctl.layout.model import ModelLayout
 from epctl.layout.source import ModelSource
 
 FILE_NAME = "model.json"
-WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+LOCAL_COPY = "give the path of a local copy: `epctl train ./FOLDER`"
 
 
 @dataclass(frozen=True)
@@ -101,28 +101,15 @@ def fetch(source: ModelSource, model: ModelSection) -> LocalModel:
 def _download(
     model_id: str, revision: str | None, kind: str, model: ModelSection, *, weights: bool = True
 ) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = list(WEIGHT_FILES if weights else TOKENIZER_FILES)
-    patterns += ["*.py"] if model.trust_remote_code else []
     if kind == "catalog":
         raise HubError(
             f"the weights of `{model_id}` are not on this disk and the hub cannot be reached; "
             "only the bundled catalog knows the model",
-            hint="give the path of a local copy: `epctl train ./FOLDER`",
+            hint=LOCAL_COPY,
         )
-    try:
-        # Given by hand: huggingface_hub reads HF_ENDPOINT once, when it is imported.
-        return Path(
-            snapshot_download(
-                model_id, revision=revision, allow_patterns=patterns, endpoint=endpoint()
-            )
-        )
-    except Exception as error:  # network errors of several libraries
-        raise HubError(
-            f"`{model_id}` cannot be downloaded: {type(error).__name__}: {error}",
-            hint="give the path of a local copy: `epctl train ./FOLDER`",
-        ) from None
+    patterns = list(WEIGHT_FILES if weights else TOKENIZER_FILES)
+    patterns += CODE_FILES if model.trust_remote_code else []
+    return download(model_id, revision, patterns, hint=LOCAL_COPY)
 
 
 def _tokenizer_folder(model: ModelSection) -> Path:

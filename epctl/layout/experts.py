@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from epctl.errors import LayoutError
+from epctl.layout.blocks import scale_block
 from epctl.layout.families import FamilyNames
 from epctl.layout.model import ExpertStorage
 from epctl.layout.names import HOLE, NameGroup, fill_pattern, format_gaps, format_ranges
@@ -371,18 +372,14 @@ def _find_scales(stack: ExpertStack, groups: Groups) -> dict[str, str]:
 def _block_size(
     stack: ExpertStack, tensors: Tensors, scales: Mapping[str, str]
 ) -> tuple[int, int] | None:
-    """Returns the block that one scale covers, the smallest power of two that fits both dims."""
+    """Returns the block that one scale of a stack covers, None when it cannot be told."""
     prefix = next(iter(stack.layer_prefixes.values()))
     name = stack.names.experts["down"].replace("{expert}", "0")
     scale = scales.get("down", "").replace("{expert}", "0")
     weight, grid = tensors.get(f"{prefix}.{name}"), tensors.get(f"{prefix}.{scale}")
     if weight is None or grid is None or len(grid.shape) < 2:
         return None
-    sides = []
-    for size, blocks in zip(weight.shape[-2:], grid.shape[-2:], strict=True):
-        side = next((1 << power for power in range(4, 12) if -(-size // (1 << power)) == blocks), 0)
-        sides.append(side)
-    return (sides[0], sides[1]) if all(sides) else None
+    return scale_block(weight.shape[-2:], grid.shape[-2:])
 
 
 def check_scales(tensors: Tensors) -> None:

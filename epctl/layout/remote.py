@@ -233,8 +233,11 @@ def mapped_errors(
             f"the hub has no {kind} `{model_id}`, or it is private",
             hint=f"check the spelling; for a private {kind} `hf auth login` or set HF_TOKEN",
         ) from None
+    except errors.LocalEntryNotFoundError as error:
+        raise _Retry(str(error).partition("\n")[0]) from None
     except errors.EntryNotFoundError:
-        raise HubError(f"`{model_id}` has no file `{file}` at {revision}") from None
+        what = f"no file `{file}`" if file else "not all of its files"
+        raise HubError(f"`{model_id}` has {what} at {revision}") from None
     except errors.HfHubHTTPError as error:
         raise _from_status(error, model_id) from None
     except httpx.TransportError as error:

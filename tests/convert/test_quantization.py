@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from runs import export, merge, shard
 from stored_models import model_tensors, read_tensors, write_model
 
-from epctl.convert import quantization
+from epctl.convert import quantization, scales
 from epctl.errors import ConfigError, InputError, LayoutError
+from epctl.layout.blocks import scale_block
 from epctl.output import set_mode
 
 torch = pytest.importorskip("torch", reason="the reference arithmetic is torch's")
@@ -205,10 +207,14 @@ def test_what_cannot_be_dequantised_is_refused(tmp_path):
 
 
 def test_scales_that_fit_no_block_are_refused():
-    assert quantization.scale_block((300, 7), (3, 1), (128, 128), "w") == (128, 128)
-    assert quantization.scale_block((300, 7), (300, 1), (128, 128), "w") == (1, 128)
-    with pytest.raises(InputError, match=r"scales \[5, 1\] of `w`"):
-        quantization.scale_block((300, 7), (5, 1), (128, 128), "w")
+    assert scale_block((300, 7), (3, 1), (128, 128)) == (128, 128)
+    assert scale_block((300, 7), (300, 1), (128, 128)) == (1, 128)
+    assert scale_block((300, 7), (3, 1)) == (128, 16)
+    assert scale_block((300, 7), (5, 1)) == (64, 16)
+    assert scale_block((300, 7), (6, 1)) is None
+    view = SimpleNamespace(config={"quantization_config": {"weight_block_size": [128, 128]}})
+    with pytest.raises(InputError, match=r"scales \[5, 1\] of `w` fit no block of its shape"):
+        scales.fp8_scale(view, "w", (), "F32", (5, 1), (300, 7))
 
 
 def test_mxfp4_has_no_other_packed_storage(tmp_path):

@@ -43,7 +43,5 @@ def test_more_rows_than_allowed_are_refused_before_they_arrive(
     splits = RowSplits([1, 2], [300, 200], group=None)  # type: ignore[arg-type]
     dispatch._require_room(splits, 500, 64)
     dispatch._require_room(splits, None, 64)
-    with pytest.raises(
-        ResourceError, match=r"500 rows .* rank 3.* is 499 "
-    ):
+    with pytest.raises(ResourceError, match=r"500 rows .* rank 3.* is 499 "):
         dispatch._require_room(splits, 499, 64)
