@@ -7,14 +7,18 @@ itself; ranks of one group get one sample, other groups other samples, as in dat
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import sequence_engine
 import torch
 import torch.distributed as dist
 from sequence_models import batch, build
@@ -22,9 +26,12 @@ from torch import Tensor, nn
 
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.leave import leave
+from epctl.runtime.mesh import Mesh
+from epctl.runtime.sequence import attention, decoder, vision
+from epctl.runtime.sequence import loss as loss_of
 from epctl.runtime.sequence.group import SequenceGroup, create_sequence_group
 from epctl.runtime.sequence.loss import IGNORED, shifted_targets
-from epctl.runtime.sequence.parallel import SequenceParallel, parallelize
+from epctl.runtime.sequence.parallel import parallelize
 
 # Gradients below this share of the largest are zero but for rounding (a bias on keys: softmax does
 # not see it); they must stay as small.
@@ -73,26 +80,36 @@ def take_gradients(model: nn.Module) -> Gradients:
     return result
 
 
-def sharded(
-    case: dict[str, Any], model: nn.Module, parallel: SequenceParallel
-) -> tuple[float, Gradients]:
+def sharded(case: dict[str, Any], model: nn.Module) -> tuple[float, Gradients]:
     """The same by sequence parallelism; gradients are averaged over all ranks."""
     everything = samples(case)
     num_ranks = dist.get_world_size()
     inputs = everything[dist.get_rank() // case["sp"]]
-    given = {}
     if case.get("given_count", True):
-        given["num_items_in_batch"] = sum(map(num_targets, everything)) / num_ranks
-    output = model(**inputs, **given)
-    output.loss.backward()
-    loss = output.loss.detach().double()
+        inputs["num_items_in_batch"] = sum(map(num_targets, everything)) / num_ranks
+    if "zero" in case:
+        engine = sequence_engine.create(model, case["zero"], mesh_of(case))
+        loss, gradients = sequence_engine.step(engine, inputs)
+        engine.destroy()
+    else:
+        loss = model(**inputs).loss
+        loss.backward()
+        gradients = averaged(take_gradients(model))
+    loss = loss.detach().double()
     dist.all_reduce(loss)
-    gradients = take_gradients(model)
+    return float(loss) / num_ranks, gradients
+
+
+def averaged(gradients: Gradients) -> Gradients:
     for gradient in gradients.values():
         if gradient is not None:
             dist.all_reduce(gradient)
-            gradient /= num_ranks
-    return float(loss) / num_ranks, gradients
+            gradient /= dist.get_world_size()
+    return gradients
+
+
+def mesh_of(case: dict[str, Any]) -> Mesh:
+    return seams.create_mesh(case.get("ep", 1))
 
 
 def worst_error(found: Gradients, expected: Gradients) -> tuple[float, str]:
@@ -110,21 +127,55 @@ def worst_error(found: Gradients, expected: Gradients) -> tuple[float, str]:
     return worst
 
 
+@contextlib.contextmanager
+def mutated(name: str | None) -> Iterator[None]:
+    """Breaks the code in one of the ways that the tests must notice."""
+    with contextlib.ExitStack() as stack:
+        if name == "gather without gradient":
+            whole = vision.gather_rows
+            broken = lambda rows, *rest: whole(rows.detach(), *rest)  # noqa: E731
+            stack.enter_context(mock.patch.object(vision, "gather_rows", broken))
+        elif name == "heads without gradient":
+            whole = attention.rows_to_heads
+            broken = lambda q, k, *rest: whole(q, k.detach(), *rest)  # noqa: E731
+            stack.enter_context(mock.patch.object(attention, "rows_to_heads", broken))
+        elif name == "labels cut before they are shifted":
+            broken = lambda x, a, b: loss_of.shifted_targets(x[:, a:b]).contiguous()  # noqa: E731
+            stack.enter_context(mock.patch.object(loss_of, "local_targets", broken))
+        elif name == "positions not cut":
+            broken = lambda given, tokens: torch.arange(tokens.shape[1]).remainder(7)[None]  # noqa: E731
+            stack.enter_context(mock.patch.object(decoder, "_positions", broken))
+        else:
+            assert name is None, name
+        yield
+
+
+def recompute(model: Any) -> None:
+    """Activation checkpointing of every block, tower and decoder; the method's name changed."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     dtype = getattr(torch, case.get("dtype", "float32"))
     model = build(case["model"], dtype=dtype, **case.get("changes", {}))
     expected_loss, expected = unsharded(case, model)
+    if "ep" in case:
+        sequence_engine.swap_experts(model, mesh_of(case))
+        expected = sequence_engine.expected_here(expected, mesh_of(case))
     if case.get("checkpointing"):
-        from epctl.runtime.build import checkpoint_activations
-
-        checkpoint_activations(model)
+        recompute(model)
     parallel = parallelize(
         model,
         groups_of(case["sp"]),
         vision=case.get("vision", "aligned"),
         encoder_outputs=case.get("encoder_outputs"),
     )
-    loss, found = sharded(case, model, parallel)
+    with mutated(case.get("mutation")):
+        loss, found = sharded(case, model)
     error, name = worst_error(found, expected)
     cuts = parallel.vision_cuts
     layout = parallel.vision.layout if parallel.vision is not None else None

@@ -190,7 +190,8 @@ def _sharded(
     sizes = [stop - start for start, stop in pairwise(offsets)]
     num_heads, num_kv_heads = q_BHRD.shape[1], k_BJRD.shape[1]
     dims = (q_BHRD.shape[-1], k_BJRD.shape[-1], v_BJRD.shape[-1])
-    if choose_method(num_heads, num_kv_heads, sizes, dims) == "keys":
+    method = choose_method(num_heads, num_kv_heads, sizes, dims, causal=rule.causal)
+    if method == "keys":
         k, v = gather_keys(k_BJRD, v_BJRD, sizes, group)
         return attend(q_BHRD, k, v, intervals, rule, first_query=offsets[group.rank])
     placement = place_heads(num_heads, num_kv_heads, group.size)

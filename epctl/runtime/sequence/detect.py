@@ -51,11 +51,14 @@ def find_parts(model: Any) -> Parts:
 
     Raises LayoutError, with the reason, if sharding its sequence would compute something else.
     """
-    if not hasattr(model, "get_decoder") or not getattr(model, "_supports_attention_backend", True):
-        raise _refusal(model, "its attention does not go through transformers' registry")
+    if not hasattr(model, "get_decoder"):
+        raise _refusal(model, "it is not a model of transformers")
     decoder = model.get_decoder()
     attentions = _attentions(decoder)
+    _check_masks(model, decoder)
     _check_decoder(model, decoder, attentions)
+    if not getattr(model, "_supports_attention_backend", True):
+        raise _refusal(model, "its attention does not go through transformers' registry")
     return Parts(model, decoder, attentions, _find_encoder(model))
 
 
@@ -110,6 +113,10 @@ def _check_decoder(model: Any, decoder: nn.Module, attentions: tuple[nn.Module, 
         raise _refusal(
             model, "`output_router_logits`: its balance loss is a product of means over the batch"
         )
+
+
+def _check_masks(model: Any, decoder: nn.Module) -> None:
+    """Refuses models that build a mask above the decoder: none but a causal one is known here."""
     for module in _above(model, decoder):
         masks = [n for n in called_names(module) if n.startswith("create_") and "mask" in n]
         if masks:

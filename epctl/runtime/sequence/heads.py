@@ -76,11 +76,15 @@ def choose_method(
     num_kv_heads: int,
     row_sizes: Sequence[int],
     dims: tuple[int, int, int],
+    *,
+    causal: bool = False,
 ) -> Method:
     """Returns `heads` (all-to-all, each rank some heads) or `keys` (all keys and values gathered).
 
     Heads that divide are exchanged: that balances any mask. Otherwise the ranks would differ by a
-    head, and what moves fewer bytes wins; fewer heads than ranks would leave ranks idle.
+    head, and what moves fewer bytes wins; fewer heads than ranks would leave ranks idle. With
+    gathered keys the last rank of a causal sequence has nearly twice the mean work, so there they
+    must move less than half.
     """
     num_ranks = len(row_sizes)
     if num_heads % num_ranks == 0:
@@ -89,4 +93,5 @@ def choose_method(
         return "keys"
     placement = place_heads(num_heads, num_kv_heads, num_ranks)
     by_heads = elements_by_heads(placement, row_sizes, dims)
-    return "heads" if by_heads <= elements_by_keys(num_kv_heads, row_sizes, dims) else "keys"
+    by_keys = elements_by_keys(num_kv_heads, row_sizes, dims) * (2 if causal else 1)
+    return "heads" if by_heads <= by_keys else "keys"

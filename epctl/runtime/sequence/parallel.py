@@ -107,13 +107,17 @@ class SequenceParallel:
         """Before transformers 5.20 a model calls its own method: it finds the outputs ready."""
         name = f"get_{modality}_features"
 
-        def hand_over(*_: Any, **__: Any) -> Any:
-            return self._ready[modality]
-
         for module in self.parts.model.modules():
-            if hasattr(type(module), name) and module is not self.parts.decoder:
-                module.__dict__[name] = hand_over
+            if hasattr(type(module), name):
+                original = getattr(module, name)
+                module.__dict__[name] = self._ready_or(modality, original)
                 self._undo.append(lambda m=module: m.__dict__.pop(name, None))  # type: ignore[misc]
+
+    def _ready_or(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def hand_over(*args: Any, **given: Any) -> Any:
+            return self._ready[modality] if modality in self._ready else original(*args, **given)
+
+        return hand_over
 
     # Hooks
 
@@ -121,6 +125,7 @@ class SequenceParallel:
         self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = _bound(model, args, given)
+        self._ready, self._ties = {}, []
         self._passing = bool(given.get("use_cache")) or given.get("past_key_values") is not None
         if self._passing:
             return (), given

@@ -224,7 +224,7 @@ def _features_of(output: Any) -> Tensor:
 
 def _with_features(output: Any, features_LTD: Tensor, split: list[int]) -> Any:
     """Returns a tower output of the same kind that holds these features, one tensor an image."""
-    fields = {"last_hidden_state": None, "pooler_output": torch.split(features_LTD[0], split)}
+    fields: dict[str, Any] = {"pooler_output": torch.split(features_LTD[0], split)}
     if getattr(output, "deepstack_features", None) is not None:
         fields["deepstack_features"] = [torch.split(level, split) for level in features_LTD[1:]]
     return type(output)(**fields)

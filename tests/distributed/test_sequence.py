@@ -1,0 +1,104 @@
+"""Sequence parallelism changes where rows live, never what is computed (float32, gloo).
+
+Loss to 1e-5 and every parameter's gradient to 1e-4 relative to the unsharded model: eleven tiny
+models with their quirks, cut for 1, 2 and 4 ranks, with recomputation, ZeRO stages and experts.
+One launch of four ranks runs the pairwise choice; the full product is in test_sequence_full.py.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from launch import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+
+def case(model: str, sp: int, **options: Any) -> dict[str, Any]:
+    words = [f"{key}={value}" for key, value in options.items()]
+    return {"name": "-".join([model, f"sp{sp}", *words]), "model": model, "sp": sp, **options}
+
+
+CASES = [
+    case("llama", 1, kind="padded"),
+    case("llama", 4, kind="left", checkpointing=True),
+    case("llama", 2, kind="packed", zero=3),
+    case("qwen3", 2, kind="padded", zero=1),
+    case("qwen3", 4, kind="packed", given_count=False),
+    case("qwen2_window", 4, kind="packed", checkpointing=True),
+    case("qwen2_window", 2, kind="left"),
+    case("six_heads", 4, kind="packed", zero=2),
+    case("deepseek_v3", 4, kind="padded", zero=0),
+    case("deepseek_v3", 2, kind="packed", zero=3, ep=4, checkpointing=True),
+    case("llava", 4, kind="padded", images=2, zero=3, checkpointing=True),
+    case("llava", 2, images=[5, 0], encoder_outputs=False),
+    case("llava", 2, vision="ulysses", images=3),
+    case("internvl", 2, kind="left", zero=1, checkpointing=True),
+    case("internvl", 4, images=2, given_count=False),
+    case("internvl", 4, vision="ulysses", images=3, kind="padded"),
+    case("qwen2_vl", 4, kind="video", checkpointing=True),
+    case("qwen2_vl", 2, kind="padded", images=2, vision="units", zero=2),
+    case("qwen2_5_vl", 1, kind="padded"),
+    case("qwen2_5_vl", 2, kind="packed", checkpointing=True),
+    case("qwen2_5_vl", 4, kind="padded", images=2, vision="units", zero=3, checkpointing=True),
+    case("qwen2_5_vl", 4, kind="video", encoder_outputs=False),
+    case("qwen3_vl", 4, kind="left", zero=2, checkpointing=True),
+    case("qwen3_vl", 2, images=[0, 3], zero=3),
+    case("qwen3_vl", 2, kind="video", vision="replicate"),
+    case("qwen3_vl", 4, kind="padded", images=2, vision="units"),
+    case("qwen3_vl_moe", 2, kind="padded", ep=2, zero=3, checkpointing=True),
+    case("qwen3_vl_moe", 2, kind="video", ep=2, zero=1),
+    case("qwen3_vl_moe", 4, images=[5], ep=2, zero=0),
+]
+MUTATIONS = [
+    case("qwen3_vl", 2, mutation="gather without gradient"),
+    case("llava", 4, mutation="gather without gradient"),
+    case("llama", 4, mutation="heads without gradient"),
+    case("llama", 2, mutation="labels cut before they are shifted"),
+    case("llama", 2, mutation="positions not cut"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("sequence")
+    return run_ranks("sequence_ranks", 4, folder, json.dumps(CASES + MUTATIONS))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_gradients_are_those_of_the_unsharded_model(
+    results: list[dict[str, Any]], case: dict[str, Any]
+) -> None:
+    for rank in results:
+        result = rank[case["name"]]
+        assert result["loss"] == pytest.approx(result["expected_loss"], abs=LOSS_TOLERANCE)
+        assert result["error"] <= GRADIENT_TOLERANCE, result["parameter"]
+
+
+@pytest.mark.parametrize("case", MUTATIONS, ids=[case["name"] for case in MUTATIONS])
+def test_broken_code_is_noticed(results: list[dict[str, Any]], case: dict[str, Any]) -> None:
+    """A comparison that passes with a severed gradient or a lost target would prove nothing."""
+    assert max(rank[case["name"]]["error"] for rank in results) > 100 * GRADIENT_TOLERANCE
+
+
+def test_windows_attend_without_communication(results: list[dict[str, Any]]) -> None:
+    """Cut at windows, two of the four tower layers exchange heads; twice with recomputation."""
+    result = results[0]["qwen2_5_vl-sp2-kind=packed-checkpointing=True"]
+    assert (result["level"], result["exchanges"]) == ("window", 4)
+
+
+def test_whole_images_need_no_exchange(results: list[dict[str, Any]]) -> None:
+    """Two images on four ranks: two ranks hold nothing, and nobody talks inside the tower."""
+    result = results[0]["qwen3_vl-sp4-kind=padded-images=2-vision=units"]
+    assert result["exchanges"] == 0
+    assert result["sizes"].count(0) == 2
+
+
+def test_equal_rows_exchange_in_every_layer(results: list[dict[str, Any]]) -> None:
+    result = results[0]["qwen2_vl-sp4-kind=video-checkpointing=True"]
+    assert result["exchanges"] == 2 * 3
