@@ -191,13 +191,21 @@ def moe_mlp(
     activation.check(gated=w1_EID is not None)
     _check_shapes(x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases)
     choice = choose_implementation(x_TD.device, x_TD.dtype, implementation)
-    has_kernel = w1_EID is not None and activation.is_swiglu and biases == NO_BIASES
+    has_kernel = w1_EID is not None and activation.function == "silu"
     if choice.implementation == "triton" and has_kernel:
         from epctl.kernels import moe
 
         assert w1_EID is not None
         return moe.moe_mlp(
-            x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, recompute=recompute
+            x_TD,
+            experts_TK,
+            weights_TK,
+            w1_EID,
+            w3_EID,
+            w2_EDI,
+            biases,
+            activation,
+            recompute=recompute,
         )
     fallback = reference if choice.implementation == "reference" else grouped_mm
     y_TD: Tensor = fallback.moe_mlp(

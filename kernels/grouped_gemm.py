@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epctl.kernels.activation import NO_BIASES, SWIGLU, Activation, ExpertBiases
+from epctl.kernels.gate import PRODUCT, add_bias, clamped_gate, gate_backward, gate_constants
 from epctl.kernels.permute import RoutingTables
 from epctl.kernels.tile_access import (
     can_use_tma,
@@ -26,7 +28,6 @@ from epctl.kernels.tile_access import (
     load_window,
     store_tile,
     store_window,
-    tile_pointers,
     tile_position,
 )
 from epctl.kernels.tiles import Tile
@@ -37,6 +38,8 @@ def _gate_up_kernel(
     x_ptr,
     w1,
     w3,
+    b1_ptr,
+    b3_ptr,
     h,
     h_ptr,
     a,
@@ -50,6 +53,9 @@ def _gate_up_kernel(
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
+    FORM: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
     WRITE_H: tl.constexpr,
     WRITE_A: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -81,6 +87,10 @@ def _gate_up_kernel(
         w = load_tile(w3, first, k, limit, HIDDEN, HIDDEN, BLOCK_N, BLOCK_K, USE_TMA)
         up = tl.dot(x, w.T, up, input_precision=PRECISION)
     column = tile_n * BLOCK_N
+    if b1_ptr is not None:
+        gate = add_bias(gate, b1_ptr, expert, column, INTERMEDIATE, BLOCK_N)
+    if b3_ptr is not None:
+        up = add_bias(up, b3_ptr, expert, column, INTERMEDIATE, BLOCK_N)
     if WRITE_H:
         store_tile(
             h,
@@ -111,13 +121,17 @@ def _gate_up_kernel(
             TMA_STORE,
         )
     if WRITE_A:
+        if FORM == PRODUCT:
+            hidden = gate * tl.sigmoid(gate) * up
+        else:
+            hidden, _, _ = clamped_gate(gate, up, FORM, LIMIT, ALPHA)
         store_tile(
             a,
             a_ptr,
             row,
             lane,
             column,
-            gate * tl.sigmoid(gate) * up,
+            hidden,
             row_end,
             INTERMEDIATE,
             INTERMEDIATE,
@@ -131,6 +145,7 @@ def _gate_up_kernel(
 def _down_kernel(
     a,
     w2,
+    b2_ptr,
     y,
     y_ptr,
     offsets_ptr,
@@ -161,6 +176,8 @@ def _down_kernel(
         left = load_tile(a, row, k, row_end, INTERMEDIATE, INTERMEDIATE, BLOCK_M, BLOCK_K, USE_TMA)
         w = load_tile(w2, first, k, limit, INTERMEDIATE, INTERMEDIATE, BLOCK_N, BLOCK_K, USE_TMA)
         total = tl.dot(left, w.T, total, input_precision=PRECISION)
+    if b2_ptr is not None:
+        total = add_bias(total, b2_ptr, expert, tile_n * BLOCK_N, HIDDEN, BLOCK_N)
     store_tile(
         y,
         y_ptr,
@@ -175,125 +192,6 @@ def _down_kernel(
         BLOCK_N,
         TMA_STORE,
     )
-
-
-@triton.jit
-def _swiglu_backward(
-    da,
-    weight,
-    h,
-    h_ptr,
-    a,
-    a_ptr,
-    row,
-    lane,
-    row_end,
-    column,
-    INTERMEDIATE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SLICE: tl.constexpr,
-    TMA_STORE: tl.constexpr,
-):
-    """Writes weighted A, and dH over H, for WIDTH columns; returns the row sums of dA * A.
-
-    `da` is what the loss would feel of A if the router's weight were 1.
-    """
-    # In slices, since the tile's H, A and gradients do not fit in registers at once.
-    if WIDTH > SLICE:
-        HALF: tl.constexpr = WIDTH // 2
-        left, right = da.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
-        sums = _swiglu_backward(
-            left,
-            weight,
-            h,
-            h_ptr,
-            a,
-            a_ptr,
-            row,
-            lane,
-            row_end,
-            column,
-            INTERMEDIATE,
-            ROWS,
-            HALF,
-            SLICE,
-            TMA_STORE,
-        )
-        column += HALF
-        sums += _swiglu_backward(
-            right,
-            weight,
-            h,
-            h_ptr,
-            a,
-            a_ptr,
-            row,
-            lane,
-            row_end,
-            column,
-            INTERMEDIATE,
-            ROWS,
-            HALF,
-            SLICE,
-            TMA_STORE,
-        )
-    else:
-        columns = column + tl.arange(0, WIDTH)
-        inside = (row + lane < row_end)[:, None] & (columns[None, :] < INTERMEDIATE)
-        h_at = tile_pointers(h_ptr, row, lane, columns, 2 * INTERMEDIATE)
-        gate = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(h_at + INTERMEDIATE, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        sums = tl.sum(da * silu * up, 1)
-        store_tile(
-            a,
-            a_ptr,
-            row,
-            lane,
-            column,
-            silu * up * weight[:, None],
-            row_end,
-            INTERMEDIATE,
-            INTERMEDIATE,
-            ROWS,
-            WIDTH,
-            TMA_STORE,
-        )
-        da = da * weight[:, None]
-        dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
-        # H gives way to its own gradient. Whoever writes an element may not be who read it above.
-        tl.debug_barrier()
-        store_tile(
-            h,
-            h_ptr,
-            row,
-            lane,
-            column,
-            dgate,
-            row_end,
-            2 * INTERMEDIATE,
-            INTERMEDIATE,
-            ROWS,
-            WIDTH,
-            TMA_STORE,
-        )
-        store_tile(
-            h,
-            h_ptr,
-            row,
-            lane,
-            column + INTERMEDIATE,
-            da * silu,
-            row_end,
-            2 * INTERMEDIATE,
-            2 * INTERMEDIATE,
-            ROWS,
-            WIDTH,
-            TMA_STORE,
-        )
-    return sums
 
 
 @triton.jit
@@ -314,6 +212,9 @@ def _down_backward_kernel(
     num_tiles_ptr,
     max_tiles,
     num_rows,
+    FORM: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -355,7 +256,7 @@ def _down_backward_kernel(
     exists = row + lane < row_end
     pair = tl.load(pair_of_row_ptr + row + lane, mask=exists, other=0)
     weight = tl.load(weights_ptr + pair, mask=exists, other=0.0)
-    sums = _swiglu_backward(
+    sums = gate_backward(
         da,
         weight,
         h,
@@ -366,6 +267,9 @@ def _down_backward_kernel(
         lane,
         row_end,
         column,
+        FORM,
+        LIMIT,
+        ALPHA,
         INTERMEDIATE,
         BLOCK_M,
         BLOCK_N,
@@ -446,10 +350,12 @@ def gate_up(
     top_k: int,
     tile: Tile,
     *,
+    biases: ExpertBiases = NO_BIASES,
+    activation: Activation = SWIGLU,
     write_h: bool = True,
     write_a: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the pre-activation H [N, 2I] and `silu(gate) * up` [N, I], empty where not asked."""
+    """Returns the pre-activation H [N, 2I] and the activation [N, I], empty where not asked."""
     num_rows, (_, intermediate, hidden) = len(tables.pair_of_row_N), w1_EID.shape
     h = x_TD.new_empty(num_rows if write_h else 0, 2 * intermediate)
     a = x_TD.new_empty(num_rows if write_a else 0, intermediate)
@@ -459,6 +365,8 @@ def gate_up(
         x_TD,
         load_window(w1_EID, tile.block_n, tile.block_k, use_tma),
         load_window(w3_EID, tile.block_n, tile.block_k, use_tma),
+        biases.gate_EI,
+        biases.up_EI,
         store_window(h, tile.block_m, tile.block_n, tile, use_tma),
         h,
         store_window(a, tile.block_m, tile.block_n, tile, use_tma),
@@ -469,6 +377,7 @@ def gate_up(
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
         TOP_K=top_k,
+        **gate_constants(activation),
         WRITE_H=write_h,
         WRITE_A=write_a,
         **launch_options(tile, use_tma, x_TD.dtype),
@@ -476,7 +385,14 @@ def gate_up(
     return h, a
 
 
-def down(a_NI: Tensor, w2_EDI: Tensor, tables: RoutingTables, tile: Tile) -> Tensor:
+def down(
+    a_NI: Tensor,
+    w2_EDI: Tensor,
+    tables: RoutingTables,
+    tile: Tile,
+    *,
+    biases: ExpertBiases = NO_BIASES,
+) -> Tensor:
     """Returns each row's down projection [N, D], without the router's weight."""
     _, hidden, intermediate = w2_EDI.shape
     y_ND = a_NI.new_empty(len(a_NI), hidden)
@@ -485,6 +401,7 @@ def down(a_NI: Tensor, w2_EDI: Tensor, tables: RoutingTables, tile: Tile) -> Ten
     _down_kernel[(max_tiles * triton.cdiv(hidden, tile.block_n),)](
         load_window(a_NI, tile.block_m, tile.block_k, use_tma),
         load_window(w2_EDI, tile.block_n, tile.block_k, use_tma),
+        biases.down_ED,
         store_window(y_ND, tile.block_m, tile.block_n, tile, use_tma),
         y_ND,
         *_row_tables(tables),
@@ -503,6 +420,8 @@ def down_backward(
     weights_TK: Tensor,
     tables: RoutingTables,
     tile: Tile,
+    *,
+    activation: Activation = SWIGLU,
 ) -> tuple[Tensor, Tensor]:
     """Overwrites H with its gradient; returns the weighted activation [N, I] and partial sums.
 
@@ -530,6 +449,7 @@ def down_backward(
         *_row_tables(tables),
         max_tiles,
         num_rows,
+        **gate_constants(activation),
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
         SLICE=width,

@@ -8,13 +8,25 @@ Shape suffixes: see reference.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from epctl.kernels import grouped_gemm as gemm
 from epctl.kernels import weight_gradient
+from epctl.kernels.activation import (
+    NO_BIASES,
+    SWIGLU,
+    Activation,
+    ExpertBiases,
+    GateForm,
+)
+from epctl.kernels.bias_gradient import (
+    add_bias_to_weight_gradient,
+    down_bias_gradient,
+    gate_up_bias_gradient,
+)
 from epctl.kernels.permute import (
     RoutingTables,
     combine,
@@ -34,6 +46,17 @@ def _tiles(experts_TK: Tensor, w1_EID: Tensor) -> TileTable:
     return choose_tiles(w1_EID.dtype, capability, experts_TK.numel() / w1_EID.shape[0])
 
 
+def _activation(form: str, limit: float, alpha: float) -> Activation:
+    bound = None if limit == float("inf") else limit
+    return Activation("silu", cast(GateForm, form), bound, alpha)
+
+
+def _three(biases: list[Tensor], like: Tensor) -> list[Tensor]:
+    """Returns the biases, or three empty tensors: an operator that writes to an input has a fixed
+    number of results."""
+    return biases or [like.new_empty(0) for _ in range(3)]
+
+
 @torch.library.custom_op("epctl::moe_forward", mutates_args=())
 def _moe_forward(
     x_TD: Tensor,
@@ -42,14 +65,29 @@ def _moe_forward(
     w1_EID: Tensor,
     w3_EID: Tensor,
     w2_EDI: Tensor,
+    biases: list[Tensor],
+    form: str,
+    limit: float,
+    alpha: float,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     top_k, tiles = experts_TK.shape[1], _tiles(experts_TK, w1_EID)
     tables = routing_tables(experts_TK, w1_EID.shape[0], tiles.block_rows)
     if not experts_TK.numel():
         return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, 2 * w1_EID.shape[1]), *tables
-    h, a_NI = gemm.gate_up(x_TD, w1_EID, w3_EID, tables, top_k, tiles.gate_up, write_h=keep_h)
-    y_ND = gemm.down(a_NI, w2_EDI, tables, tiles.down)
+    of_experts = ExpertBiases(*biases)
+    h, a_NI = gemm.gate_up(
+        x_TD,
+        w1_EID,
+        w3_EID,
+        tables,
+        top_k,
+        tiles.gate_up,
+        biases=of_experts,
+        activation=_activation(form, limit, alpha),
+        write_h=keep_h,
+    )
+    y_ND = gemm.down(a_NI, w2_EDI, tables, tiles.down, biases=of_experts)
     del a_NI
     return combine(y_ND, tables.row_of_pair_N, weights_TK, top_k)[0], h, *tables
 
@@ -62,6 +100,10 @@ def _(
     w1_EID: Tensor,
     w3_EID: Tensor,
     w2_EDI: Tensor,
+    biases: list[Tensor],
+    form: str,
+    limit: float,
+    alpha: float,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_experts, intermediate, _ = w1_EID.shape
@@ -82,36 +124,63 @@ def _moe_backward(
     w1_EID: Tensor,
     w3_EID: Tensor,
     w2_EDI: Tensor,
+    biases: list[Tensor],
+    experts_TK: Tensor | None,
     h: Tensor,
     tables: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    form: str,
+    limit: float,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not weights_TK.numel():
-        weights = (torch.zeros_like(w) for w in (w1_EID, w3_EID, w2_EDI))
-        return torch.zeros_like(x_TD), torch.zeros_like(weights_TK), *weights  # type: ignore[return-value]
+        inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *_three(biases, x_TD))
+        return tuple(torch.zeros_like(tensor) for tensor in inputs)  # type: ignore[return-value]
     top_k, tiles = weights_TK.shape[1], _tiles(weights_TK, w1_EID)
     sorted_order = RoutingTables(*tables)
     if not len(h):
-        h, _ = gemm.gate_up(x_TD, w1_EID, w3_EID, sorted_order, top_k, tiles.gate_up, write_a=False)
+        h, _ = gemm.gate_up(
+            x_TD,
+            w1_EID,
+            w3_EID,
+            sorted_order,
+            top_k,
+            tiles.gate_up,
+            biases=ExpertBiases(*biases),
+            write_a=False,
+        )
     # Spread once for two products, and gone before the memory peaks.
     dy = spread(dy_TD, sorted_order, top_k)
     a_NI, partial_PN = gemm.down_backward(
-        dy, w2_EDI, h, weights_TK, sorted_order, tiles.down_backward
+        dy,
+        w2_EDI,
+        h,
+        weights_TK,
+        sorted_order,
+        tiles.down_backward,
+        activation=_activation(form, limit, alpha),
     )
     zero_beyond(h, a_NI, sorted_order.offsets_E)
     # Each temporary dies before the next large gradient is made: the order is the peak memory.
     dw2_EDI = weight_gradient.down_weight_gradient(
         dy, a_NI, w2_EDI, sorted_order, tiles.down_weight_gradient
     )
+    db1, db3, db2 = _three([], x_TD)
+    if biases:
+        db1, db3 = gate_up_bias_gradient(h, biases[0], biases[1], sorted_order)
+        db2 = down_bias_gradient(dy, biases[2], weights_TK, sorted_order)
     del dy, a_NI
     dx_ND = gemm.input_gradient(h, w1_EID, w3_EID, sorted_order, tiles.input_gradient)
     dx_TD, dweights_TK = combine(dx_ND, sorted_order.row_of_pair_N, None, top_k, partial_PN)
     assert dweights_TK is not None
+    if biases:
+        assert experts_TK is not None
+        dweights_TK = add_bias_to_weight_gradient(dweights_TK, dy_TD, biases[2], experts_TK)
     del dx_ND
     x = spread(x_TD, sorted_order, top_k)
     dw1_EID, dw3_EID = weight_gradient.gate_up_weight_gradient(
         h, x, w1_EID, sorted_order, tiles.gate_up_weight_gradient
     )
-    return dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI
+    return dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, db1, db3, db2
 
 
 @_moe_backward.register_fake
@@ -122,30 +191,53 @@ def _(
     w1_EID: Tensor,
     w3_EID: Tensor,
     w2_EDI: Tensor,
+    biases: list[Tensor],
+    experts_TK: Tensor | None,
     h: Tensor,
     tables: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI)
+    form: str,
+    limit: float,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *_three(biases, x_TD))
     return tuple(torch.empty_like(tensor) for tensor in inputs)  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, _, weights_TK, w1_EID, w3_EID, w2_EDI, _ = inputs
+    x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, form, limit, alpha, _ = inputs
     _, h, *tables = output
     # Otherwise autograd would hand the backward zero-filled gradients for H and the integers.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(h, *tables)
-    ctx.save_for_backward(x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *tables)
+    ctx.gate = form, limit, alpha
+    ctx.num_biases = len(biases)
+    of_biases = (*biases, experts_TK) if biases else ()
+    ctx.save_for_backward(x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *of_biases, *tables)
 
 
-def _backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if dy_TD is None:
-        return (None,) * 7
-    x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *tables = ctx.saved_tensors
-    dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI = _moe_backward(
-        dy_TD.contiguous(), x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, tables
+        return None, None, None, None, None, None, [None] * ctx.num_biases, None, None, None, None
+    x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *rest = ctx.saved_tensors
+    biases, experts_TK = rest[: ctx.num_biases], None
+    tables = rest[ctx.num_biases :]
+    if biases:
+        experts_TK, *tables = tables
+    dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, *dbiases = _moe_backward(
+        dy_TD.contiguous(),
+        x_TD,
+        weights_TK,
+        w1_EID,
+        w3_EID,
+        w2_EDI,
+        biases,
+        experts_TK,
+        h,
+        tables,
+        *ctx.gate,
     )
-    return dx_TD, None, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, None
+    gradients = (dx_TD, None, dweights_TK, dw1_EID, dw3_EID, dw2_EDI)
+    return *gradients, dbiases[: ctx.num_biases], None, None, None, None
 
 
 _moe_forward.register_autograd(_backward, setup_context=_save)
@@ -158,20 +250,27 @@ def moe_mlp(
     w1_EID: Tensor,
     w3_EID: Tensor,
     w2_EDI: Tensor,
+    biases: ExpertBiases = NO_BIASES,
+    activation: Activation = SWIGLU,
     *,
     recompute: bool = False,
 ) -> Tensor:
     """Returns the weighted sum of each token's experts, [T, D]; see `epctl.kernels.moe_mlp`.
+
+    Biases are all three or none.
 
     Raises:
         ValueError: tokens and expert weights differ in dtype, or the dtype has no kernel.
     """
     if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"the kernels take bfloat16, float16 or float32, not {x_TD.dtype}")
-    differing = {w.dtype for w in (w1_EID, w3_EID, w2_EDI)} - {x_TD.dtype}
+    of_experts = [bias for bias in biases if bias is not None]
+    differing = {w.dtype for w in (w1_EID, w3_EID, w2_EDI, *of_experts)} - {x_TD.dtype}
     if differing:
         raise ValueError(f"x_TD is {x_TD.dtype}, but expert weights are {differing.pop()}")
-    inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI)
+    if len(of_experts) not in (0, 3):
+        raise ValueError(f"{len(of_experts)} of the three projections have biases; all or none can")
+    inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *of_experts)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     y_TD: Tensor = _moe_forward(
         x_TD.contiguous(),
@@ -180,6 +279,10 @@ def moe_mlp(
         w1_EID.contiguous(),
         w3_EID.contiguous(),
         w2_EDI.contiguous(),
+        [bias.contiguous() for bias in of_experts],
+        activation.form,
+        float("inf") if activation.limit is None else activation.limit,
+        activation.alpha,
         trains and not recompute,
     )[0]
     return y_TD

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from epctl.convert.writer import sync_folder, write_synced
 from epctl.errors import ResourceError
@@ -33,6 +33,7 @@ from epctl.runtime.host_copy import bytes_on_host
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.run_checkpoints import replace_folder
+from epctl.runtime.stored_tensors import values_of
 
 INDEX_NAME = "model.safetensors.index.json"
 # The tokenizer library wraps a full disk in safetensors' own exception.
@@ -149,15 +150,15 @@ def _write_share(
     failure: Exception | None = None
     for unit, rank in zip(units, writers, strict=True):
         with seams.full_parameters(gathered_parameters(unit)):
-            if rank != mesh.rank or failure is not None:
-                continue
             for tensor in unit:
-                failure = failure or attempt(_add, writer, tensor.name, tensor)
+                values = values_of(tensor, mesh, rank)
+                if rank == mesh.rank:
+                    failure = failure or attempt(_add, writer, tensor.name, values)
     return writer, failure or attempt(writer.close)
 
 
-def _add(writer: TensorWriter, name: str, tensor: Any) -> None:
-    writer.add(name, [bytes_on_host(tensor.local())])
+def _add(writer: TensorWriter, name: str, values: list[Tensor]) -> None:
+    writer.add(name, (bytes_on_host(value) for value in values))
 
 
 def shard_stem(rank: int) -> str:

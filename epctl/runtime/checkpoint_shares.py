@@ -13,18 +13,22 @@ from torch import nn
 from epctl.runtime.checkpoint_files import Entry
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.names import HubTensor, hub_tensors
+from epctl.runtime.stored_tensors import StoredTensor, join_shared
 
-Unit = list[HubTensor]
+Unit = list[HubTensor | StoredTensor]
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """Groups a model's checkpoint tensors by the live tensor they lie in: gathered one by one."""
+    """Groups a model's checkpoint tensors by the live tensor they lie in: gathered one by one.
+
+    A tensor that all experts of a layer share is a unit of its own.
+    """
     return list(_units(model))
 
 
 def _units(model: nn.Module) -> Iterator[Unit]:
     unit: Unit = []
-    for tensor in hub_tensors(model):
+    for tensor in join_shared(list(hub_tensors(model))):
         if unit and tensor.tensor is not unit[0].tensor:
             yield unit
             unit = []
@@ -35,7 +39,9 @@ def _units(model: nn.Module) -> Iterator[Unit]:
 
 def gathered_parameters(unit: Unit) -> list[nn.Parameter]:
     """Returns what must be whole while the unit is read: nothing for a buffer."""
-    return [unit[0].tensor] if isinstance(unit[0].tensor, nn.Parameter) else []
+    first = unit[0]
+    tensors = first.live_tensors if isinstance(first, StoredTensor) else [first.tensor]
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
 def entries_of(unit: Unit) -> list[Entry]:
@@ -49,20 +55,20 @@ def unit_bytes(unit: Unit) -> int:
 def assign_writers(units: Sequence[Unit], mesh: Mesh) -> list[int]:
     """Returns, for each unit of this rank's model, the rank that writes it.
 
-    Experts go to one of the ranks that hold them, largest load last; dense tensors then fill up
-    whoever has least.
+    Experts go to one of the ranks that hold them, largest load last; dense tensors, and those
+    with experts of all ranks in them, then fill up whoever has least.
     """
     loads = [0] * mesh.num_ranks
     writers = [-1] * len(units)
     for index, unit in enumerate(units):
-        if unit[0].is_expert:
+        if unit[0].is_expert and not isinstance(unit[0], StoredTensor):
             copies = range(mesh.edp_size)
             edp_rank = min(copies, key=lambda copy: (loads[copy * mesh.ep_size], copy))
             for ep_rank in range(mesh.ep_size):
                 loads[edp_rank * mesh.ep_size + ep_rank] += unit_bytes(unit)
             writers[index] = edp_rank * mesh.ep_size + mesh.ep_rank
     for index, unit in enumerate(units):
-        if not unit[0].is_expert:
+        if writers[index] < 0:
             writers[index] = min(range(mesh.num_ranks), key=lambda rank: (loads[rank], rank))
             loads[writers[index]] += unit_bytes(unit)
     return writers

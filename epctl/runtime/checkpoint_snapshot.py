@@ -23,6 +23,7 @@ from epctl.runtime.host_copy import HostCopy
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.names import hub_tensors, join
 from epctl.runtime.random_state import random_state
+from epctl.runtime.stored_tensors import values_of
 
 
 @dataclass
@@ -50,9 +51,11 @@ def take_snapshot(
     units = units_of(engine.module)
     for unit, writer in zip(units, assign_writers(units, mesh), strict=True):
         with seams.full_parameters(gathered_parameters(unit)):
-            if writer == mesh.rank:
-                for tensor, entry in zip(unit, entries_of(unit), strict=True):
-                    snapshot.model.append((entry, host.add(tensor.local())))
+            for tensor, entry in zip(unit, entries_of(unit), strict=True):
+                values = values_of(tensor, mesh, writer)
+                if writer == mesh.rank:
+                    pieces = [piece for value in values for piece in host.add(value)]
+                    snapshot.model.append((entry, pieces))
     for entry, part in _state_tensors(engine, optimizer, mesh):
         snapshot.state.append((entry, host.add(part)))
     host.synchronize()

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from epctl.layout.model import MoELayout, Projection
+from epctl.layout.model import ExpertTensor, MoELayout, Projection
 from epctl.runtime.deepspeed_seams import AutoEPMoELayer, full_shape
 
 # w1 gates, w3 is up, w2 is down: the names DeepSpeed's engine insists on.
@@ -47,6 +47,16 @@ class StoredExperts:
 
 
 @dataclass(frozen=True)
+class ExpertSource:
+    """Which projection of which expert a live slice is, and where a checkpoint stores it."""
+
+    stored: StoredExperts
+    expert: int
+    projection: Projection
+    leaf: str
+
+
+@dataclass(frozen=True)
 class HubTensor:
     """A checkpoint tensor and where it lives: a Parameter or buffer, an expert of it, its rows.
 
@@ -61,6 +71,15 @@ class HubTensor:
     num_parts: int = 1
     transposed: bool = False
     interleaved: bool = False
+    source: ExpertSource | None = None
+
+    def shared_place(self) -> ExpertTensor | None:
+        """Returns where this slice lies in a stored tensor of all experts, None if it is alone."""
+        if self.source is None or self.source.stored.moe.storage.kind == "per_expert":
+            return None
+        moe, source = self.source.stored.moe, self.source
+        find = moe.expert_tensor if source.leaf == "weight" else moe.expert_bias
+        return find(source.stored.layer, source.expert, source.projection)
 
     def local(self) -> Tensor:
         """Returns the view of the live tensor; at ZeRO-3 only while Parameters are gathered."""
@@ -123,8 +142,10 @@ def _of_parameter(
         kind = "weight" if leaf in STACKED_WEIGHTS else "bias"
         projection = (STACKED_WEIGHTS | STACKED_BIASES)[leaf]
         for local in range(layer.num_local_experts):
-            name = _expert_name(owner, owner_name, first + local, projection, kind)
-            yield HubTensor(name, parameter, local)
+            expert = first + local
+            name = _expert_name(owner, owner_name, expert, projection, kind)
+            source = _source(owner, expert, projection, kind)
+            yield HubTensor(name, parameter, local, source=source)
     elif is_fused_experts(owner) and leaf.removesuffix("_bias") in FUSED_TENSORS:
         yield from _of_fused(owner, owner_name, leaf, parameter)
     else:
@@ -169,6 +190,13 @@ def _expert_name(
     if stored is not None:
         return stored.name(expert, projection, leaf)
     return f"{owner_name}.{expert}.{projection}_proj.{leaf}"
+
+
+def _source(
+    owner: nn.Module, expert: int, projection: Projection, leaf: str
+) -> ExpertSource | None:
+    stored: StoredExperts | None = getattr(owner, "stored_experts", None)
+    return None if stored is None else ExpertSource(stored, expert, projection, leaf)
 
 
 def stored_name(owner: nn.Module, owner_name: str, leaf: str) -> str:
