@@ -51,6 +51,26 @@ def count_gpus() -> tuple[int, str]:
     return found, f"nvidia-smi lists {found}"
 
 
+def gpu_memory() -> float | None:
+    """Returns the bytes of the smallest GPU that the driver lists, None where it does not say."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
+        return min(float(line) for line in answer.stdout.split()) * 2**20
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return None
+
+
+def host_memory() -> float:
+    """Returns the bytes of host memory that are free to use now."""
+    import psutil  # type: ignore[import-untyped]
+
+    return float(psutil.virtual_memory().available)
+
+
 def place_ranks(
     *, device: Literal["auto", "cpu", "cuda"], num_ranks: int | None, ep: int, gpus: tuple[int, str]
 ) -> Placement:

@@ -29,17 +29,21 @@ def gradient_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
         yield from _gradients_zero12(local, plan)
 
 
-def _bucket(plan: RankPlan, phases: Phase, count: int) -> Term:
+def _bucket(local: LocalCounts, plan: RankPlan, phases: Phase, count: int) -> Term:
     elements = plan.engine.reduce_bucket
+    formula = f"{count} x {plan.width} B x reduce_bucket_size"
+    if plan.on_cpu:
+        # The host gives memory to what is written, not to what is asked for.
+        elements = min(elements, local.trained("elements"))
+        formula += ", as far as gradients fill it"
     return Term(
-        "reduction buckets", "engine buffers", count * plan.width * elements,
-        f"{count} x {plan.width} B x reduce_bucket_size",
+        "reduction buckets", "engine buffers", count * plan.width * elements, formula,
         phases, values={"elements": elements},
     )  # fmt: skip
 
 
 def _gradients_zero3(local: LocalCounts, plan: RankPlan) -> Iterator[Term]:
-    yield _bucket(plan, Phase.ALWAYS, 1)
+    yield _bucket(local, plan, Phase.ALWAYS, 1)
     place: Place = "host" if plan.offload else "device"
     for part in ("dense", "experts"):
         elements = local.trained("sliced", "experts" if part == "experts" else "dense")
@@ -109,7 +113,7 @@ def _gradients_zero12(local: LocalCounts, plan: RankPlan) -> Iterator[Term]:
                 _alive(plan) | (Phase.FIRST_BACKWARD if part == "dense" else Phase(0)),
                 values={"elements": elements},
             )  # fmt: skip
-    yield _bucket(plan, Phase.BACKWARD, plan.engine.num_buckets)
+    yield _bucket(local, plan, Phase.BACKWARD, plan.engine.num_buckets)
     if plan.zero == 1 and plan.accumulation > 1:
         whole = local.trained("elements")
         yield Term(
@@ -176,7 +180,7 @@ def _gradients_offloaded(local: LocalCounts, plan: RankPlan) -> Iterator[Term]:
             f"{plan.width} B x trained: ZeRO-1 reduces at the last micro-step only",
             Phase.LOSS | Phase.FIRST_BACKWARD, values={"elements": whole},
         )  # fmt: skip
-    yield _bucket(plan, Phase.BACKWARD, plan.engine.num_buckets)
+    yield _bucket(local, plan, Phase.BACKWARD, plan.engine.num_buckets)
 
 
 def gather_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
@@ -184,7 +188,7 @@ def gather_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
     if plan.zero < 3 or plan.num_ranks == 1:
         return
     local = local_counts(shape, plan)
-    gathers_experts = plan.edp > 1
+    gathers_experts = plan.edp > 1 and local.experts > 0
     layers = max(1, shape.num_layers)
     dense_layer = max(0, local.dense - 2 * shape.num_head_elements) / layers
     layer = dense_layer

@@ -17,15 +17,21 @@ from typing import Any, Literal
 from epctl.config import OptimSection
 from epctl.errors import ConfigError
 from epctl.layout.facts import ConfigFacts
-from epctl.layout.model import ModelLayout, MoELayout, ParameterShape, VisionLayout
+from epctl.layout.model import (
+    ModelLayout,
+    MoELayout,
+    ParameterShape,
+    Projection,
+    VisionLayout,
+)
 
 Kind = Literal["muon", "adamw"]
 Part = Literal["experts", "dense"]
-# Checkpoint names; the ranks choose with the same patterns (runtime/trainable.py).
+# What `train.parameters` has words for, as patterns of checkpoint names.
 PARTS = {
-    "experts": r"\.mlp\.experts\.",
-    "attention": r"\.self_attn\.",
-    "router": r"\.mlp\.gate\.weight$",
+    "experts": r"\.experts\.\d+\.",
+    "attention": r"\.\w*attn\.",
+    "router": r"\.(gate|router)(\.\w+)?\.weight$",
 }
 
 
@@ -173,9 +179,13 @@ def model_shape(
     )
 
 
+def _everything(_: str) -> bool:
+    return True
+
+
 def _matcher(trained: str) -> Callable[[str], bool]:
     if trained == "all":
-        return lambda name: True
+        return _everything
     try:
         pattern = re.compile(PARTS.get(trained, trained))
     except re.error as error:
@@ -211,9 +221,39 @@ def _expert_parameters(
     for layer in moe.layers:
         num_experts = moe.experts_of_layer(layer)
         for projection in moe.storage.projections:
-            name = moe.expert_tensor(layer, 0, projection).name
             shape = inward[::-1] if projection == "down" else inward
-            yield ("experts", (num_experts, *shape), kind, matches(name), False), 1
+            trained = _trained_together(moe, layer, projection, matches)
+            yield ("experts", (num_experts, *shape), kind, trained, False), 1
+            if projection in moe.storage.biases or "gate_up" in moe.storage.biases:
+                yield ("experts", (num_experts, shape[0]), "adamw", trained, False), 1
+
+
+def _trained_together(
+    moe: MoELayout, layer: int, projection: Projection, matches: Callable[[str], bool]
+) -> bool:
+    """True if the projection is trained. Raises ConfigError if only of some experts."""
+    if matches is _everything:
+        return True
+    names = [
+        _checkpoint_name(moe, layer, projection, expert)
+        for expert in range(moe.experts_of_layer(layer))
+    ]
+    hits = sum(map(matches, names))
+    if 0 < hits < len(names):
+        raise ConfigError(
+            f"`--train` names {hits} of {len(names)} experts of a layer; they train together",
+            hint=r"write `experts\.\d+\.` in place of one expert's number",
+        )
+    return hits > 0
+
+
+def _checkpoint_name(moe: MoELayout, layer: int, projection: Projection, expert: int) -> str:
+    """Returns a name per expert, as export writes it, whatever the storage."""
+    name = moe.expert_tensor(layer, expert, projection).name
+    if moe.storage.kind == "per_expert":
+        return name
+    before = name.rpartition(".experts.")[0] or name.rpartition(".")[0]
+    return f"{before}.experts.{expert}.{projection}_proj.weight"
 
 
 def _kind(found: ParameterShape, optim: OptimSection, router: str | None) -> Kind:

@@ -159,11 +159,16 @@ def summary_line(request: Request) -> str:
     experts = f", {shape.num_experts} experts" if shape.num_experts else ""
     return (
         f"{shape.name}: {format_count(shape.num_parameters)} parameters{experts}; "
-        f"{request.num_ranks:,} GPUs of {format_bytes(request.memory_bytes)} on "
-        f"{request.num_nodes:,} {'node' if request.num_nodes == 1 else 'nodes'}, sequences of "
+        f"{_counted(request.num_ranks, 'GPU' if request.device == 'cuda' else 'CPU rank')} of "
+        f"{format_bytes(request.memory_bytes)} on {_counted(request.num_nodes, 'node')}, "
+        "sequences of "
         f"{request.base.train.sequence_length:,} tokens"
         + (f" with {request.patches:,} patches" if request.patches else "")
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def write_front_png(answer: Answer, path: Path, title: str) -> None:

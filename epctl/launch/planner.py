@@ -20,7 +20,7 @@ from epctl.launch.cost_rates import Rates
 from epctl.launch.memory import Prediction, cpu_bytes, predict
 from epctl.launch.memory_settings import RankPlan, rank_plan
 from epctl.launch.memory_shape import ModelShape
-from epctl.launch.planner_rules import ModelLimits, why_illegal
+from epctl.launch.planner_rules import ModelLimits, model_limits, why_illegal
 from epctl.layout.model import ModelLayout
 
 # ZeRO-0 adds micro-steps up in bfloat16 and averages expert norms: only where it is asked for.
@@ -105,11 +105,9 @@ class Answer:
 
 def make_request(shape: ModelShape, layout: ModelLayout, base: RunConfig, **given: Any) -> Request:
     """Returns a request with the sizes that the layout allows."""
-    refused = {entry.size: entry.reason for entry in layout.sequence_parallel if not entry.legal}
-    num_experts = layout.moe.num_experts if layout.moe else None
     return Request(
         shape=shape,
-        limits=ModelLimits(num_experts, refused),
+        limits=model_limits(layout),
         ep_sizes=layout.ep_sizes or (1,),
         sp_sizes=layout.sp_sizes or (1,),
         base=base,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from epctl.config import RunConfig
 from epctl.errors import ConfigError, EpctlError
 from epctl.launch.ds_config import deepspeed_config
+from epctl.layout.model import ModelLayout
 from epctl.runtime.mesh import validate_expert_parallel
 
 
@@ -17,6 +18,12 @@ class ModelLimits:
 
     num_experts: int | None
     refused_sequence_sizes: Mapping[int, str]
+
+
+def model_limits(layout: ModelLayout) -> ModelLimits:
+    """Returns the limits that a layout sets."""
+    refused = {entry.size: entry.reason for entry in layout.sequence_parallel if not entry.legal}
+    return ModelLimits(layout.moe.num_experts if layout.moe else None, refused)
 
 
 def require_legal(config: RunConfig, num_ranks: int, device: str, limits: ModelLimits) -> None:

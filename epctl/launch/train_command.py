@@ -16,11 +16,19 @@ from epctl.launch.check_command import check_settings, conclude
 from epctl.launch.command import launch_command, rank_environment
 from epctl.launch.dataset_reference import PinnedDataset, pin_datasets, write_datasets
 from epctl.launch.devices import Placement, count_gpus
-from epctl.launch.dry_run import count_state, show_dry_run
+from epctl.launch.dry_run import show_dry_run
 from epctl.launch.ds_config import deepspeed_config
 from epctl.launch.ignored import warn_of_check_settings, warn_of_ignored_settings
+from epctl.launch.memory_default import default_model
 from epctl.launch.model_reference import fetch, open_reference
 from epctl.launch.nodes import join_job, place_job, require_node_settings
+from epctl.launch.plan_train import (
+    plan_run,
+    predict_run,
+    prediction_document,
+    write_prediction,
+)
+from epctl.launch.planner_rules import model_limits, require_legal
 from epctl.launch.resume_run import forget_failure, keep_global_batch, reopen_run_folder
 from epctl.launch.run_folder import choose_run_folder, create_run_folder, run_lock
 from epctl.launch.supervise import run_job
@@ -29,8 +37,6 @@ from epctl.launch.view import RunView
 from epctl.layout.source import ModelSource
 from epctl.output import Output
 
-# The embedded default's expert count, known without building it: a wrong EP fails at once.
-DEFAULT_NUM_EXPERTS = 64
 # Of the `train` extra; without it the reading commands still work.
 TRAIN_PACKAGES = ("torch", "deepspeed", "transformers")
 
@@ -76,12 +82,9 @@ def run_train(
         return
     folder = Path(resume) if resume is not None else choose_run_folder(job.config.run.output)
     if dry_run:
-        model_config = job.source.config if job.source is not None else None
-        rank_bytes = count_state(
-            job.config, model_config, job.placement, os.environ, bfloat16=job.bfloat16
-        )
+        foreseen = predict_run(job.config, job.placement, job.source)
         show_dry_run(
-            resolved, job.placement, folder, job.deepspeed(), rank_bytes, job.datasets, output
+            job.resolved, job.placement, folder, job.deepspeed(), foreseen, job.datasets, output
         )
         return
     folder = reopen_run_folder(folder) if resume is not None else create_run_folder(folder)
@@ -104,19 +107,20 @@ def check_request(resolved: ResolvedConfig, output: Output) -> Job:
     """Returns the job, everything decided that can be decided before a rank starts."""
     require_train_extra()
     from epctl.runtime.data_files import find_records
-    from epctl.runtime.mesh import validate_expert_parallel
 
     config = resolved.config
-    source, num_experts = None, DEFAULT_NUM_EXPERTS
+    source, (_, layout) = None, default_model()
     if config.model.reference is not None:
         source, layout = open_reference(config.model.reference)
-        assert layout.moe is not None
-        num_experts = layout.moe.num_experts
         for warning in layout.warnings:
             output.note(f"{source.id}: {warning}")
     require_node_settings(config)
     placement = place_job(config, count_gpus())
-    validate_expert_parallel(config.parallel.ep, placement.num_ranks, num_experts)
+    limits = model_limits(layout)
+    require_legal(config, placement.num_ranks, placement.device, limits)
+    resolved = plan_run(resolved, placement, source, output)
+    config = resolved.config
+    require_legal(config, placement.num_ranks, placement.device, limits)
     resumed = Path(config.run.resume) if config.run.resume is not None else None
     datasets = pin_datasets(config.data, resumed)
     for use, patterns in (("train", config.data.train), ("eval", config.data.eval)):
@@ -166,6 +170,8 @@ def write_run_folder(job: Job, folder: Path, program: str) -> None:
     """Writes what the ranks read: settings, DeepSpeed JSON, command, where the model lies."""
     resolved = job.resolved
     (folder / "config.json").write_text(resolved.to_json(), encoding="utf-8")
+    foreseen = predict_run(job.config, job.placement, job.source)
+    write_prediction(folder, prediction_document(foreseen, job.placement.device))
     document = json.dumps(job.deepspeed(), indent=2) + "\n"
     (folder / "ds_config.json").write_text(document, encoding="utf-8")
     if job.source is not None:

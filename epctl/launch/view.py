@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epctl.launch.chart import braille_chart, write_loss_png
+from epctl.launch.plan_train import compared_text, memory_text, read_prediction
 from epctl.launch.track import Tracker, tracked_values
 from epctl.output import Mode, Output, format_bytes, format_count, format_seconds
 
@@ -31,6 +32,7 @@ class RunView:
         self.evals: list[Event] = []
         self.samples: dict[str, Event] = {}
         self.plan: Event = {}
+        self.memory: Event | None = None
         self._progress: Progress | None = None
         self._task: Any = None
 
@@ -60,6 +62,8 @@ class RunView:
         self.output.note(f"{event['ranks']} ranks are up, building the model")
 
     def _on_plan(self, event: Event) -> None:
+        foreseen = read_prediction(self.run_folder)
+        event = event if foreseen is None else {**event, "foreseen": memory_text(foreseen)}
         self.plan = event
         self.output.panel(plan_panel(event))
 
@@ -128,6 +132,9 @@ class RunView:
         self.output.panel(profile_table(event))
         self.output.note(f"trace of {event['steps']} steps: {event['folder']}/trace.json")
 
+    def _on_memory(self, event: Event) -> None:
+        self.memory = event
+
     def _on_sample(self, event: Event) -> None:
         self.samples[event["when"]] = event
 
@@ -186,7 +193,8 @@ class RunView:
             f"\nheld-out loss {before:.4f} -> {after:.4f} "
             f"({format_count(self.steps[-1]['tokens'])} tokens, {mean_rate:,.0f} tokens/s, "
             f"{format_seconds(event['seconds'])} in all)\n"
-            f"run folder  {self.run_folder}"
+            + (f"{compared_text(self.memory)}\n" if self.memory is not None else "")
+            + f"run folder  {self.run_folder}"
         )
         if (self.run_folder / "loss.png").exists():
             self.output.text(f"curve       {self.run_folder / 'loss.png'}")
@@ -306,4 +314,5 @@ def _plan_rows(event: Event) -> list[tuple[str, str]]:
             f"masters {format_bytes(event['bytes_masters'])}, "
             f"optimizer {format_bytes(event['bytes_optimizer_state'])} (counted)",
         ),
+        *([("memory a rank", event["foreseen"])] if "foreseen" in event else []),
     ]

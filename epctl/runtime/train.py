@@ -18,6 +18,7 @@ from epctl import __version__
 from epctl.config import ResolvedConfig, RunConfig
 from epctl.errors import GateError
 from epctl.launch.ds_config import deepspeed_config
+from epctl.launch.plan_train import compared, read_prediction
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import checkpoint_bytes, save_model
@@ -33,7 +34,7 @@ from epctl.runtime.load import CheckpointWeights
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.profile import StepProfiler, require_steps_to_profile
 from epctl.runtime.recompute import checkpoint_activations
-from epctl.runtime.report import plan_of
+from epctl.runtime.report import max_over_ranks, peak_memory, plan_of
 from epctl.runtime.restart import Beginning, find_beginning, put_rejected_aside
 from epctl.runtime.resume import restore
 from epctl.runtime.run_checkpoints import MODEL_FOLDER, committed_checkpoints
@@ -91,8 +92,17 @@ def train(run_folder: Path) -> None:
         watchdog.stop()
         if config.run.save:
             _save(engine.module, mesh, run_folder / "model", model, events)
+        compare_memory(run_folder, device, events)
         events.write("done", seconds=round(time.time() - started, 2))
     finish_rank(events)
+
+
+def compare_memory(run_folder: Path, device: torch.device, events: EventLog) -> None:
+    """Writes the predicted peak beside the highest that a rank measured."""
+    measured = max_over_ranks(peak_memory(device), device)
+    foreseen = read_prediction(run_folder)
+    if foreseen is not None:
+        events.write("memory", **compared(foreseen, measured))
 
 
 def begin(config: RunConfig, run_folder: Path, events: EventLog) -> Beginning:

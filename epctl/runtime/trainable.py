@@ -8,16 +8,9 @@ from collections.abc import Callable
 from torch import nn
 
 from epctl.errors import ConfigError
+from epctl.launch.memory_shape import PARTS
 from epctl.runtime.deepspeed_seams import full_shape
 from epctl.runtime.names import hub_tensors
-
-# Checkpoint names, so one pattern fits every layout the experts may have in memory.
-PARTS = {
-    "experts": r"\.experts\.\d+\.",
-    "attention": r"\.\w*attn\.",
-    "router": r"\.(gate|router)(\.\w+)?\.weight$",
-}
-
 
 def select_trainable(model: nn.Module, wanted: str, num_experts: int) -> int:
     """Freezes every parameter that `wanted` does not name; returns how many elements are frozen.

@@ -179,7 +179,9 @@ def test_dry_run_shows_sources_and_touches_nothing(tmp_path: Path) -> None:
     assert document["config"]["train.steps"] == {"value": 7, "source": f"file {file}"}
     assert document["config"]["parallel.ep"] == {"value": 4, "source": "flag"}
     assert document["config"]["optim.beta1"]["source"] == "default"
-    assert document["deepspeed"]["zero_optimization"]["stage"] == 3
+    stage = document["config"]["parallel.zero"]
+    assert stage["source"] == "plan"  # not stated, so the planner's
+    assert document["deepspeed"]["zero_optimization"]["stage"] == stage["value"]
     assert "--nproc-per-node=4" in document["command"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
 
