@@ -67,6 +67,50 @@ def bench_moe(
 
 
 @bench_app.command(
+    name="muon",
+    epilog=examples(
+        "epctl bench muon",
+        "epctl bench muon --shape 64x1408x2048 --shape 64x2048x1408 --json-file muon.json",
+        "epctl bench muon --model moonshotai/Moonlight-16B-A3B --ep 8",
+        "epctl bench muon --shape 4x176x256 --peer none --device cpu",
+    ),
+)
+def bench_muon(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="`BATCHxROWSxCOLUMNS`; repeatable.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead of shapes: all that a rank of this model owns.")
+    ] = None,
+    ep: Annotated[int, typer.Option(help="With --model: expert parallel size.")] = 8,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="What to measure beside; default: all, or none.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 15,
+    json_file: JsonFileOption = None,
+    png: PngOption = None,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Measure Newton-Schulz beside its peers and the floor; its error is checked first."""
+    from epctl.bench.command import run_case
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_case(
+        "muon",
+        shapes=shape,
+        model=model,
+        ep=ep,
+        peers=() if peer == ["none"] else peer,
+        device=device,
+        rounds=rounds,
+        json_path=json_file,
+        png_path=png,
+    )
+
+
+@bench_app.command(
     name="convert",
     epilog=examples(
         "epctl bench convert --size-gb 1",

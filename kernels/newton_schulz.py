@@ -9,7 +9,7 @@ with restart (Zhang, Amsel, Chen, Dao, 2026).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 Coefficients = Sequence[tuple[float, float, float]]
+Product = Callable[..., Tensor]
 Method = Literal["auto", "standard", "gram"]
+Products = Literal["torch", "symmetric"]
 
 # The published Polar Express polynomials, optimal for singular values in [1e-3, 1].
 _POLAR_EXPRESS: Coefficients = (
@@ -90,24 +92,35 @@ def gram_segments(num_steps: int) -> list[range]:
 
 
 def iteration_flops(
-    method: Literal["standard", "gram"], num_rows: int, num_columns: int, num_steps: int = 5
+    method: Literal["standard", "gram"],
+    num_rows: int,
+    num_columns: int,
+    num_steps: int = 5,
+    products: Products = "torch",
 ) -> int:
-    """Returns the FLOPs of one matrix, two a multiply-add, without symmetric kernels."""
+    """Returns the FLOPs of one matrix, two a multiply-add; symmetric products compute half."""
     short, long = sorted((num_rows, num_columns))
     wide, square = 2 * short * short * long, 2 * short**3
+    # Of the two wide products, X X^T is symmetric and the one that gives X is not.
+    gram, square = (wide // 2, square // 2) if products == "symmetric" else (wide, square)
     if method == "standard":
-        return num_steps * (2 * wide + square)
+        return num_steps * (gram + wide + square)
     total = 0
     for segment in gram_segments(num_steps):
         num_later = len(segment) - 1
-        total += 2 * wide + (len(segment) + num_later + 2 * num_later) * square
+        total += gram + wide + (len(segment) + num_later + 2 * num_later) * square
     return total
 
 
-def choose_method(num_rows: int, num_columns: int, num_steps: int = 5) -> MethodChoice:
-    """Returns the cheaper iteration for a shape; break-even of five steps is aspect 1.5."""
-    standard = iteration_flops("standard", num_rows, num_columns, num_steps)
-    gram = iteration_flops("gram", num_rows, num_columns, num_steps)
+def choose_method(
+    num_rows: int, num_columns: int, num_steps: int = 5, products: Products = "torch"
+) -> MethodChoice:
+    """Returns the cheaper iteration for a shape.
+
+    Break-even of five steps is aspect 1.5, with symmetric products 1.0.
+    """
+    standard = iteration_flops("standard", num_rows, num_columns, num_steps, products)
+    gram = iteration_flops("gram", num_rows, num_columns, num_steps, products)
     ratio = f"{gram:,} FLOPs by gram, {standard:,} by standard"
     return MethodChoice("gram" if gram < standard else "standard", ratio)
 
@@ -128,6 +141,7 @@ def orthogonalize(
     coefficients: str = "you",
     method: Method = "auto",
     dtype: torch.dtype | None = None,
+    products: Products = "torch",
 ) -> Tensor:
     """Returns the approximate orthogonal polar factor of each matrix, float32, contiguous.
 
@@ -140,6 +154,7 @@ def orthogonalize(
         coefficients: a key of `COEFFICIENTS`.
         method: `standard`, `gram`, or by cost.
         dtype: dtype of the iteration; `iteration_dtype` of the device by default.
+        products: `symmetric` computes half of what is symmetric, in Triton; `torch` all of it.
 
     Raises:
         ValueError: unknown coefficients, or `gram` in bfloat16.
@@ -149,44 +164,65 @@ def orthogonalize(
     dtype = dtype or iteration_dtype(x_BMN.device)
     if method == "auto":
         num_rows, num_columns = x_BMN.shape[-2:]
-        cheaper = choose_method(num_rows, num_columns, num_steps).method
+        cheaper = choose_method(num_rows, num_columns, num_steps, products).method
         method = "standard" if dtype == torch.bfloat16 else cheaper
     if method == "gram" and dtype == torch.bfloat16:
         raise ValueError("gram Newton-Schulz in bfloat16 is wrong on rank-poor matrices")
     work_BMN = normalize(x_BMN).to(dtype)
     tall = work_BMN.shape[-2] > work_BMN.shape[-1]
     work_BRL = work_BMN.mT if tall else work_BMN
-    work_BRL = (_gram if method == "gram" else _standard)(work_BRL, rows)
+    iterate = _gram if method == "gram" else _standard
+    work_BRL = iterate(work_BRL, rows, _symmetric_product if products == "symmetric" else _product)
     return (work_BRL.mT if tall else work_BRL).float().contiguous()
 
 
-def _standard(x_BRL: Tensor, rows: Coefficients) -> Tensor:
+def _product(
+    left: Tensor, right: Tensor, added: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """Returns `alpha * left @ right + beta * added`, all of it."""
+    if added is None:
+        assert alpha == 1.0
+        return left @ right
+    return torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
+
+
+def _symmetric_product(
+    left: Tensor, right: Tensor, added: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    from epctl.kernels.symmetric import symmetric_matmul
+
+    return symmetric_matmul(left, right, added, alpha=alpha, beta=beta)
+
+
+def _standard(x_BRL: Tensor, rows: Coefficients, product: Product) -> Tensor:
     for a, b, c in rows:
-        gram_BRR = x_BRL @ x_BRL.mT
-        poly_BRR = torch.baddbmm(gram_BRR, gram_BRR, gram_BRR, beta=b, alpha=c)
+        gram_BRR = product(x_BRL, x_BRL.mT)
+        poly_BRR = product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b)
         x_BRL = torch.baddbmm(x_BRL, poly_BRR, x_BRL, beta=a)
     return x_BRL
 
 
-def _gram(x_BRL: Tensor, rows: Coefficients) -> Tensor:
+def _gram(x_BRL: Tensor, rows: Coefficients, product: Product) -> Tensor:
     """Iterates on X X^T alone, applying the accumulated factor once a segment.
+
+    Polynomials of one Gram matrix commute, so each of their products is symmetric.
 
     `a I` goes into the factor, never into the polynomial: rounding `a` there costs stability.
     """
     for segment in gram_segments(len(rows)):
-        gram_BRR = x_BRL @ x_BRL.mT
+        gram_BRR = product(x_BRL, x_BRL.mT)
         factor_BRR = gram_BRR  # replaced in the first step
         for step in segment:
             a, b, c = rows[step]
-            poly_BRR = torch.baddbmm(gram_BRR, gram_BRR, gram_BRR, beta=b, alpha=c)
+            poly_BRR = product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b)
             if step == segment[0]:
                 factor_BRR = poly_BRR.clone()
                 factor_BRR.diagonal(dim1=-2, dim2=-1).add_(a)
             else:
-                factor_BRR = torch.baddbmm(factor_BRR, factor_BRR, poly_BRR, beta=a)
+                factor_BRR = product(factor_BRR, poly_BRR, factor_BRR, beta=a)
             if step != segment[-1]:
-                half_BRR = torch.baddbmm(gram_BRR, gram_BRR, poly_BRR, beta=a)
-                gram_BRR = torch.baddbmm(half_BRR, poly_BRR, half_BRR, beta=a)
+                half_BRR = product(gram_BRR, poly_BRR, gram_BRR, beta=a)
+                gram_BRR = product(poly_BRR, half_BRR, half_BRR, beta=a)
         x_BRL = factor_BRR @ x_BRL
     return x_BRL
 

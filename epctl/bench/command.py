@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,8 @@ def run_case(
     """
     case = CASES[name].load()
     result: Result = {"benchmark": name, "epctl": __version__}
-    result |= case.measure(**settings)
+    with contextlib.redirect_stdout(sys.stderr):  # a peer's log must not mix with the result
+        result |= case.measure(**settings)
     assert all("gate" in row for row in result["rows"]), "a number without a gate"
     out.data(case.table(result))
     for absent, reason in result.get("absent", {}).items():

@@ -53,6 +53,10 @@ CASES: Mapping[str, Case] = {
         "one MoE block, its peers and the matmul floor; every gradient is checked first",
         "epctl.bench.moe_case",
     ),
+    "muon": Case(
+        "orthogonalisation of matrix batches or of a whole model's, its peers and the floor",
+        "epctl.bench.muon",
+    ),
     "convert": Case(
         "shard, merge and re-shard beside the disk's own copy rate, with peak memory",
         "epctl.bench.convert",
