@@ -2,7 +2,7 @@
 
     EPCTL_FAULT="POINT RANK|all ACTION [COUNT]", several joined by `;`
 
-POINT has its blanks written as `-`; ACTION is kill, raise, full (no space left), stall or nan;
+POINT has its blanks written as `-`; ACTION is kill, term (SIGTERM), raise, full (no space left), stall or nan;
 COUNT says at which time of passing (1). Without the variable nothing here costs anything.
 """
 
@@ -12,7 +12,6 @@ import errno
 import os
 import signal
 import threading
-import time
 from collections import Counter
 
 VARIABLE = "EPCTL_FAULT"
@@ -41,12 +40,12 @@ def reached(point: str) -> bool:
 def _act(action: str, point: str) -> bool:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     if action == "raise":
         raise RuntimeError(f"planted at `{point}`")
     if action == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if action == "stall":
         threading.Event().wait(STALL_SECONDS)
-    if action == "slow":
-        time.sleep(3.0)
     return action == "nan"

@@ -23,8 +23,8 @@ class HostCopy:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held, used or not."""
-        return len(self._chunks) * self._chunk_bytes
+        """Bytes in use; memory is held in whole chunks."""
+        return self._used
 
     def clear(self) -> None:
         """Makes all memory free again; what was copied before is overwritten by what follows."""

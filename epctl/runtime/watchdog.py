@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from epctl.errors import LaunchError
 
 # As of an abort: what NCCL's own watchdog ends with.
 EXIT_CODE = 134
+# The rank's log (worker.py sends its output there).
+LOG_DESCRIPTOR = 2
 # What other ranks get to publish how far they are, once one has seen the limit pass.
 SETTLE_SECONDS = 1.0
 
@@ -92,10 +93,9 @@ class Watchdog:
         from epctl.runtime.worker import record_failure
 
         self._publish()
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        faulthandler.dump_traceback(file=LOG_DESCRIPTOR, all_threads=True)
         time.sleep(SETTLE_SECONDS)
         record_failure(self._folder.parent, self._rank, self._verdict())
-        sys.stderr.flush()
         os._exit(EXIT_CODE)
 
     def _verdict(self) -> LaunchError:
