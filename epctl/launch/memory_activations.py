@@ -72,6 +72,22 @@ def moe_bytes(
     return MoEBytes(kept, max(activated + products, 0), backward, rows)
 
 
+def moe_block_bytes(
+    *, tokens: int, hidden: int, intermediate: int, num_experts: int, top_k: int
+) -> tuple[float, float]:
+    """Returns (bytes kept for backward, peak) of a bf16 block as `epctl bench moe` runs it.
+
+    Tokens and weights exist before and are not counted; result, router logits and every gradient
+    of an expert are.
+    """
+    moe = moe_bytes(
+        tokens=tokens, hidden=hidden, intermediate=intermediate, local_experts=num_experts,
+        num_experts=num_experts, top_k=top_k, width=2, received=1.0,
+    )  # fmt: skip
+    kept = 2 * tokens * hidden + moe.kept + 4 * tokens * num_experts
+    return kept, kept + moe.backward_extra
+
+
 def attention_token_bytes(a: AttentionShape, hidden: int, width: int) -> float:
     """Returns the bytes a token that one attention block keeps, its norm included."""
     norm = hidden * (4 + width + width)
