@@ -19,6 +19,9 @@ EvalDataOption = Annotated[
     list[str] | None, typer.Option("--eval-data", help="Held out; default: a share of --data.")
 ]
 ExpertParallelOption = Annotated[int | None, typer.Option(help="Expert parallel size.")]
+SequenceParallelOption = Annotated[
+    int | None, typer.Option(help="Sequence parallel size: ranks that share each sample.")
+]
 ZeroStageOption = Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.")]
 OptimOption = Annotated[str | None, typer.Option(help="Optimizer: muon or adamw.")]
 MoELayerOption = Annotated[

@@ -97,9 +97,10 @@ class DataSection(Section):
 
 class ParallelSection(Section):
     ep: int = Field(1, ge=1, description="expert parallel size")
+    sp: int = Field(1, ge=1, description="sequence parallel size: ranks that share each sample")
     zero: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage")
     num_ranks: int | None = Field(
-        None, ge=1, description="ranks to start; default: every GPU, or `ep` ranks without one"
+        None, ge=1, description="ranks to start; default: every GPU, or what `ep` and `sp` need"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ranks run")
     timeout_minutes: float = Field(30.0, gt=0, description="collective timeout")

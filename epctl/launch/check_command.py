@@ -29,13 +29,21 @@ CHECK_SETTINGS: dict[str, Any] = {
 def check_settings(resolved: ResolvedConfig, output: Output) -> ResolvedConfig:
     """Returns the config of a check: the asked-for layout, float32, full steps.
 
-    Raises ConfigError for an optimizer that has no unsharded form to compare with.
+    Raises ConfigError for an optimizer that has no unsharded form to compare with, and for
+    sequence parallelism.
     """
     if resolved.config.optim.name not in ("muon", "adamw"):
         raise ConfigError(
             f"`--check` compares muon and adamw; `{resolved.config.optim.name}` exists inside the "
             "engine only",
             hint="check the layout with `--optim muon`",
+        )
+    if resolved.config.parallel.sp > 1:
+        raise ConfigError(
+            f"`--check` compares whole sequences token by token; with `--sp "
+            f"{resolved.config.parallel.sp}` no rank has one",
+            hint="check the layout at `--sp 1`; sequence parallelism has its own gate: "
+            "`epctl bench multimodal-sp`",
         )
     for key, value in CHECK_SETTINGS.items():
         if resolved.is_given(key):

@@ -15,8 +15,12 @@ def deepspeed_config(
     """Returns the config dict for `deepspeed.initialize`; `REASONS` explains the keys.
 
     Expert parallelism of epctl's layer stays out of it: the layer exists before the engine does.
-    Raises ConfigError for offload at ZeRO-0, which has nothing to offload.
+    Sequence parallelism too: to the engine its ranks are data-parallel ones.
+
+    Raises ConfigError for offload at ZeRO-0, which has nothing to offload, and for settings that
+    need whole sequences on a rank.
     """
+    _require_sequence_settings(config)
     stage = config.parallel.zero
     zero: dict[str, Any] = {"stage": stage, "reduce_scatter": True, "overlap_comm": not on_cpu}
     if on_cpu:
@@ -51,6 +55,30 @@ def deepspeed_config(
             "preset_model": "deepseek_v3",
         }
     return result
+
+
+def _require_sequence_settings(config: RunConfig) -> None:
+    """Raises ConfigError for what cannot be done while a sample lies on several ranks."""
+    sp, optim = config.parallel.sp, config.optim
+    if sp == 1:
+        return
+    if optim.qk_clip is not None or optim.attention_logit_interval:
+        key = "qk_clip" if optim.qk_clip is not None else "attention_logit_interval"
+        raise ConfigError(
+            f"`optim.{key}` looks at the queries and keys of whole sequences; with `--sp {sp}` a "
+            "rank holds a part",
+            hint=f"leave `optim.{key}` out, or use `--sp 1`",
+        )
+    if config.moe.implementation == "autoep":
+        raise ConfigError(
+            f"`--moe autoep` with `--sp {sp}`: DeepSpeed's own layer is for comparison at `--sp 1`",
+            hint="use epctl's layer, `--moe epctl`",
+        )
+    if config.train.sequence_length < sp:
+        raise ConfigError(
+            f"`train.sequence_length` = {config.train.sequence_length} tokens cannot be cut for "
+            f"{sp} ranks"
+        )
 
 
 def _use_deepspeed_muon(result: dict[str, Any], config: RunConfig, on_cpu: bool) -> None:

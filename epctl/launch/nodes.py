@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -37,7 +38,7 @@ def place_job(config: RunConfig, gpus: tuple[int, str]) -> Placement:
     placement = place_ranks(
         device=config.parallel.device,
         num_ranks=config.parallel.num_ranks,
-        ep=config.parallel.ep,
+        ep=math.lcm(config.parallel.ep, config.parallel.sp),
         gpus=(num_gpus * num_nodes, reason),
     )
     if placement.num_ranks % num_nodes:

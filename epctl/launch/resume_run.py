@@ -113,19 +113,22 @@ def keep_global_batch(
     run_folder = resolved.config.run.resume
     if run_folder is None:
         return resolved
-    earlier = _earlier(Path(run_folder)).config.train
+    before = _earlier(Path(run_folder)).config
+    earlier = before.train
     written = list_checkpoints(Path(run_folder))
     num_ranks = next(f.manifest.topology.num_ranks for f in reversed(written) if f.manifest)
-    wanted = earlier.micro_batch_size * earlier.gradient_accumulation_steps * num_ranks
+    places = num_ranks // before.parallel.sp
+    wanted = earlier.micro_batch_size * earlier.gradient_accumulation_steps * places
     train = resolved.config.train
-    asked = train.micro_batch_size * train.gradient_accumulation_steps * placement.num_ranks
+    places = placement.num_ranks // resolved.config.parallel.sp
+    asked = train.micro_batch_size * train.gradient_accumulation_steps * places
     if asked == wanted:
         return resolved
     if any(resolved.sources[key] in ("flag", "--set") for key in BATCH_KEYS):
         output.warning(f"a step has {asked} sequences from now on; until here it had {wanted}")
         return resolved
     sizes = range(train.micro_batch_size, 0, -1)
-    micro = next((size for size in sizes if wanted % (size * placement.num_ranks) == 0), None)
+    micro = next((size for size in sizes if wanted % (size * places) == 0), None)
     if micro is None:
         raise ConfigError(
             f"the run has {wanted} sequences a step, which {placement.num_ranks} ranks cannot "
@@ -133,7 +136,7 @@ def keep_global_batch(
             hint="choose `--num-ranks` that divides it, or state the new batch with "
             "`--set train.micro_batch_size=N`",
         )
-    accumulation = wanted // (micro * placement.num_ranks)
+    accumulation = wanted // (micro * places)
     output.note(
         f"{num_ranks} ranks before, {placement.num_ranks} now: {micro} sequences a micro-step, "
         f"{accumulation} micro-steps, still {wanted} a step"

@@ -180,7 +180,9 @@ def _tokens_wanted(config: RunConfig, mesh: Mesh, source: RecordSource, kind: st
     """Returns how many tokens to read of what need not be read whole; None for all."""
     if config.train.epochs is not None or not source.in_part:
         return None
-    num_rows = num_steps(config.train, mesh, None) * rows_per_step(config.train, mesh.num_ranks)
+    num_rows = num_steps(config.train, mesh, None) * rows_per_step(
+        config.train, mesh.num_data_ranks
+    )
     # Whole windows, so that their order does not change when the run goes on further.
     window = config.data.shuffle_window
     return _tokens_that_fill(math.ceil(num_rows / window) * window, config, kind)
@@ -259,7 +261,7 @@ def _held_out_tokens(config: RunConfig, mesh: Mesh, source: RecordSource, kind: 
     if not source.in_part:
         return None
     train = config.train
-    num_rows = train.eval_batches * train.micro_batch_size * mesh.num_ranks
+    num_rows = train.eval_batches * train.micro_batch_size * mesh.num_data_ranks
     return _tokens_that_fill(num_rows, config, kind)
 
 

@@ -34,7 +34,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
-from epctl.runtime.mesh import Mesh, validate_expert_parallel
+from epctl.runtime.mesh import Mesh, validate_expert_parallel, validate_sequence_parallel
 
 __all__ = [
     "AutoEPMoELayer",
@@ -67,19 +67,23 @@ def initialize_distributed(device_type: str, timeout: datetime.timedelta) -> Non
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
-def create_mesh(ep_size: int) -> Mesh:
+def create_mesh(ep_size: int, sp_size: int = 1) -> Mesh:
     """Creates DeepSpeed's ep and edp groups, which the engine then reuses (utils/groups.py).
 
-    Raises ConfigError if `ep_size` does not divide the number of ranks.
+    The engine is not told of `sp_size`: to it every rank is a data-parallel one, and it averages
+    gradients over all of them.
+
+    Raises ConfigError if one of the sizes does not divide the number of ranks.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     validate_expert_parallel(ep_size, num_ranks)
+    validate_sequence_parallel(sp_size, num_ranks)
     name = group_name(ep_size)
     if name not in deepspeed_groups._get_expert_parallel_group_dict():
         deepspeed_groups._create_expert_and_data_parallel(ep_size)
     ep_group = deepspeed_groups._get_expert_parallel_group(name)
     edp_group = deepspeed_groups._get_expert_data_parallel_group(name)
-    return Mesh(rank, num_ranks, ep_size, dist.get_rank(ep_group), ep_group, edp_group)
+    return Mesh(rank, num_ranks, ep_size, dist.get_rank(ep_group), ep_group, edp_group, sp_size)
 
 
 def group_name(ep_size: int) -> str:

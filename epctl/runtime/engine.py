@@ -26,6 +26,8 @@ from epctl.runtime.parameter_groups import parameter_groups, row_blocks
 from epctl.runtime.profile import annotate
 from epctl.runtime.qk_clip import clip_factors
 from epctl.runtime.schedule import rate_factor
+from epctl.runtime.sequence.group import create_sequence_group
+from epctl.runtime.sequence.parallel import parallelize
 
 
 def create_engine(
@@ -37,6 +39,8 @@ def create_engine(
     reason = limit_logits(model, int(config.train.logits_mib * 2**20))
     if reason is not None:
         warnings.warn(f"`train.logits_mib` is ignored: {reason}", stacklevel=2)
+    if config.parallel.sp > 1:
+        parallelize(model, create_sequence_group(config.parallel.sp))
     if config.optim.name == "deepspeed-muon":
         return _create_deepspeed_muon(model, config, deepspeed_config)
     optimizers: list[MatrixOptimizer] = []
@@ -163,7 +167,9 @@ def train_step(
     """
     micro_batches = [_as_batch(batch) for batch in batches]
     num_micro_batches = len(batches) * dist.get_world_size()
-    targets = torch.tensor(float(sum(b.num_targets for b in micro_batches)), device=engine.device)
+    # Ranks of one sequence group hold the same batch: each counts its share.
+    own = sum(b.num_targets for b in micro_batches) / mesh.sp_size
+    targets = torch.tensor(own, device=engine.device)
     dist.all_reduce(targets)
     # The engine averages over ranks and micro-steps; a sum over this makes that the mean.
     targets_per_micro_batch = targets.clamp_min(1) / num_micro_batches

@@ -16,10 +16,10 @@ from epctl.runtime.data_batch import Batch
 
 
 @torch.no_grad()
-def held_out_loss(engine: Any, batches: Iterable[Batch]) -> float:
+def held_out_loss(engine: Any, batches: Iterable[Batch], sp_size: int = 1) -> float:
     """Returns the mean loss over all targets of every rank's batches, float64 sums.
 
-    NaN if there is no target at all: zero would look like a perfect model.
+    `sp_size` ranks hold the same batch and give a share of its loss each. NaN if there is no target at all: zero would look like a perfect model.
     """
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
@@ -27,7 +27,7 @@ def held_out_loss(engine: Any, batches: Iterable[Batch]) -> float:
         inputs = batch.to(engine.device).model_inputs()
         loss = engine(**inputs, num_items_in_batch=1).loss
         total[0] += loss.double()
-        total[1] += batch.num_targets
+        total[1] += batch.num_targets / sp_size
     dist.all_reduce(total)
     engine.train()
     return float(total[0] / total[1])

@@ -2,7 +2,8 @@
 
 Ranks of one expert-parallel (ep) group are consecutive and hold different experts. Ranks at the
 same place of different ep groups form an expert-data-parallel (edp) group and hold the same
-experts. Every rank is on the data-parallel axis.
+experts. For gradients every rank is on the data-parallel axis; `sp_size` consecutive ranks share
+one sample, so data is dealt out to `num_data_ranks` places.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ def validate_expert_parallel(ep_size: int, num_ranks: int, num_experts: int | No
         )
 
 
+def validate_sequence_parallel(sp_size: int, num_ranks: int) -> None:
+    """Raises ConfigError, with the numbers, if `sp_size` does not divide the ranks."""
+    if num_ranks % sp_size:
+        legal = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+        raise ConfigError(
+            f"sequence parallel size {sp_size} does not divide the {num_ranks} ranks",
+            hint=f"use `--sp {' or '.join(map(str, legal))}`, or change `--num-ranks`",
+        )
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place; the groups are None only in a process without torch.distributed."""
@@ -42,10 +53,12 @@ class Mesh:
     ep_rank: int
     ep_group: dist.ProcessGroup | None = None
     edp_group: dist.ProcessGroup | None = None
+    sp_size: int = 1
 
     def __post_init__(self) -> None:
         assert self.num_ranks % self.ep_size == 0
         assert 0 <= self.ep_rank < self.ep_size
+        assert self.num_ranks % self.sp_size == 0
 
     @property
     def edp_size(self) -> int:
@@ -55,6 +68,15 @@ class Mesh:
     @property
     def edp_rank(self) -> int:
         return self.rank // self.ep_size
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Places with different samples."""
+        return self.num_ranks // self.sp_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.sp_size
 
     def num_local_experts(self, num_experts: int) -> int:
         return num_experts // self.ep_size

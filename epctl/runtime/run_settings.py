@@ -28,13 +28,13 @@ def choose_device(config: RunConfig) -> torch.device:
     return device
 
 
-def rows_per_step(train: TrainSection, num_ranks: int) -> int:
+def rows_per_step(train: TrainSection, num_data_ranks: int) -> int:
     """Returns the sequences of one optimizer step over all ranks."""
-    return train.micro_batch_size * train.gradient_accumulation_steps * num_ranks
+    return train.micro_batch_size * train.gradient_accumulation_steps * num_data_ranks
 
 
-def tokens_per_step(train: TrainSection, num_ranks: int) -> int:
-    return rows_per_step(train, num_ranks) * train.sequence_length
+def tokens_per_step(train: TrainSection, num_data_ranks: int) -> int:
+    return rows_per_step(train, num_data_ranks) * train.sequence_length
 
 
 def num_steps(train: TrainSection, mesh: Mesh, num_train_rows: int | None) -> int:
@@ -46,7 +46,7 @@ def num_steps(train: TrainSection, mesh: Mesh, num_train_rows: int | None) -> in
     Raises ConfigError for epochs over data without an end.
     """
     if train.tokens is not None:
-        return math.ceil(train.tokens / tokens_per_step(train, mesh.num_ranks))
+        return math.ceil(train.tokens / tokens_per_step(train, mesh.num_data_ranks))
     if train.epochs is None:
         return train.steps
     if num_train_rows is None:
@@ -54,4 +54,4 @@ def num_steps(train: TrainSection, mesh: Mesh, num_train_rows: int | None) -> in
             "`train.epochs` counts passes over given data; the embedded text is drawn without end",
             hint="use `--steps` or `--tokens`, or give `--data`",
         )
-    return max(1, math.ceil(train.epochs * num_train_rows / rows_per_step(train, mesh.num_ranks)))
+    return max(1, math.ceil(train.epochs * num_train_rows / rows_per_step(train, mesh.num_data_ranks)))

@@ -171,7 +171,7 @@ def start_rank(config: RunConfig) -> tuple[torch.device, Mesh]:
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     seams.initialize_distributed(device.type, timeout)
     require_equal_versions()
-    return device, seams.create_mesh(config.parallel.ep)
+    return device, seams.create_mesh(config.parallel.ep, config.parallel.sp)
 
 
 def finish_rank(events: EventLog) -> None:

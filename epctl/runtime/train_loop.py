@@ -74,7 +74,7 @@ class TrainLoop:
         Raises RunStopped on every rank when one was asked to end, GateError when a guard fires.
         """
         train = self.config.train
-        clock = _Clock(tokens_per_step(train, self.mesh.num_ranks))
+        clock = _Clock(tokens_per_step(train, self.mesh.num_data_ranks))
         for step in range(self.first_step, train.steps):
             with profiled(self.profiler, step, self.events):
                 loss, norm = self._train_step(step)
@@ -143,7 +143,7 @@ class TrainLoop:
 
     def progress(self) -> Progress:
         """Returns where the run stands."""
-        rows = rows_per_step(self.config.train, self.mesh.num_ranks)
+        rows = rows_per_step(self.config.train, self.mesh.num_data_ranks)
         return Progress(
             step=self.step,
             rows=self.first_row + (self.step - self.first_step) * rows,
@@ -154,7 +154,7 @@ class TrainLoop:
     def batches(self, step: int) -> Iterator[Batch]:
         """Yields this rank's micro-batches: the global batch depends on the step alone."""
         train = self.config.train
-        rows = rows_per_step(train, self.mesh.num_ranks)
+        rows = rows_per_step(train, self.mesh.num_data_ranks)
         first = self.first_row + (step - self.first_step) * rows
         yield from self._micro_batches(self.data.train_batch, first, _accumulation(self.config))
 
@@ -163,12 +163,12 @@ class TrainLoop:
     ) -> Iterator[Batch]:
         size = self.config.train.micro_batch_size
         for micro_step in range(count):
-            place = micro_step * self.mesh.num_ranks + self.mesh.rank
+            place = micro_step * self.mesh.num_data_ranks + self.mesh.data_rank
             yield draw(first + place * size, size)
 
     def evaluate(self, when: str, step: int) -> None:
         """Writes the held-out loss; raises RunStopped as soon as a rank is asked to end."""
-        loss = held_out_loss(self.engine, self._held_out_batches())
+        loss = held_out_loss(self.engine, self._held_out_batches(), self.mesh.sp_size)
         self.events.write("eval", when=when, step=step, loss=round(loss, 6))
 
     def _held_out_batches(self) -> Iterator[Batch]:

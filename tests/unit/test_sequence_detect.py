@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from epctl.errors import InputError, LayoutError
+from epctl.runtime.mesh import validate_sequence_parallel
 from epctl.runtime.sequence.attention import DECODER_ATTENTION
 from epctl.runtime.sequence.detect import find_parts
-from epctl.runtime.sequence.group import SequenceGroup, validate_sequence_parallel
+from epctl.runtime.sequence.group import SequenceGroup
 from epctl.runtime.sequence.parallel import parallelize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))

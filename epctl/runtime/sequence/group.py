@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
-from epctl.errors import ConfigError
 from epctl.runtime.dispatch import RowSplits, exchange_rows
+from epctl.runtime.mesh import validate_sequence_parallel
 
 
 @dataclass
@@ -54,13 +54,3 @@ def create_sequence_group(size: int) -> SequenceGroup:
     validate_sequence_parallel(size, num_ranks)
     group, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
     return SequenceGroup(dist.get_rank() % size, size, group)
-
-
-def validate_sequence_parallel(size: int, num_ranks: int) -> None:
-    """Raises ConfigError, with the numbers, if `size` does not divide the ranks."""
-    if num_ranks % size:
-        legal = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
-        raise ConfigError(
-            f"sequence parallel size {size} does not divide the {num_ranks} ranks",
-            hint=f"use `--sp` {' or '.join(map(str, legal))}, or change `--num-ranks`",
-        )
