@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from epctl import __version__
 from epctl.bench.registry import CASES, Result
 from epctl.bench.report import write_json, write_png
+from epctl.launch.cost_rates import remember
 from epctl.output import out
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def run_case(
     for absent, reason in result.get("absent", {}).items():
         out.note(f"{absent} did not take part: {reason}")
     out.document(result)
+    remember(result)
     if json_path is not None:
         write_json(result, json_path)
     if png_path is not None:

@@ -19,6 +19,7 @@ from epctl.bench.peers import PEERS, build
 from epctl.bench.registry import Result
 from epctl.bench.report import cell
 from epctl.errors import ConfigError, GateError
+from epctl.launch.memory_activations import moe_block_bytes
 from epctl.output import out
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def _measure_block(
     for item in passed:
         row = {**facts, "implementation": item.name, "note": item.note, **measured[item.name]}
         row["gate"] = errors[item.name]
+        if item.name == "epctl" and "peak_mib" in row:
+            row |= _foreseen(row["peak_mib"], shape, tokens)
         result["rows"].append(row | _rates(row, shape, tokens, result["matmul_tflops"]))
 
 
@@ -142,6 +145,14 @@ def _gates(result: Result, problem: moe.Problem, peers: list[str]) -> dict[str, 
                 f"gate red: {worst} is {errors[worst]:.1e} off, {moe.GATE_TOLERANCE:.0e} allowed"
             )
     return green
+
+
+def _foreseen(peak_mib: float, shape: MoEShape, tokens: int) -> dict[str, float]:
+    """Returns the peak that the memory model predicts, beside the measured one."""
+    _, peak = moe_block_bytes(tokens=tokens, **shape._asdict())
+    error = peak / 2**20 / peak_mib - 1
+    out.note(f"peak memory {peak_mib:,.0f} MiB, {peak / 2**20:,.0f} predicted ({error:+.1%})")
+    return {"predicted_peak_mib": peak / 2**20, "predicted_peak_error": error}
 
 
 def _rates(

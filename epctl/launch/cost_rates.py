@@ -70,7 +70,12 @@ def store_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def remember(document: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
-    """Keeps a benchmark's result for the planner; a cache that cannot be written is no failure."""
+    """Keeps a GPU's benchmark result for the planner; a cache that cannot be written is no failure.
+
+    A CPU's says nothing about the GPUs that are planned for.
+    """
+    if "driver" not in document.get("machine", {}):
+        return
     folder = store_folder(environment)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -27,8 +28,10 @@ _BESIDE = (("buffers", "buffers"), ("scales", "scales"), ("mtp", "MTP layers"))
 Row = tuple[str, str, str]
 
 
-def layout_card(layout: ModelLayout) -> RenderableType:
-    """Returns the card of a layout as a rich renderable."""
+def layout_card(
+    layout: ModelLayout, memory: Sequence[Mapping[str, Any]] = (), assumed: str = ""
+) -> RenderableType:
+    """Returns the card of a layout as a rich renderable, with memory rows where there are any."""
     blocks: list[RenderableType] = [_title(layout), _parameters(layout.parameters)]
     if layout.moe:
         blocks.append(_Facts("Mixture of experts", _moe_rows(layout.moe), layout.reasons))
@@ -36,9 +39,20 @@ def layout_card(layout: ModelLayout) -> RenderableType:
     if layout.vision:
         blocks.append(_Facts("Vision", _vision_rows(layout.vision), layout.reasons))
     blocks.append(_Facts("Parallel sizes", _parallel_rows(layout), {}))
+    if memory:
+        blocks.append(_memory(memory, assumed))
     if layout.warnings:
         blocks.append(_warnings(layout.warnings))
     return Group(*(item for block in blocks for item in (block, Text(""))))
+
+
+def _memory(rows: Sequence[Mapping[str, Any]], assumed: str) -> Table:
+    table = _grid(f"Memory a GPU, predicted: {assumed} (more: epctl plan)", "lrrl")
+    for row in rows:
+        gpus = f"{row['gpus']:,} {'GPU' if row['gpus'] == 1 else 'GPUs'}, ep {row['ep']}"
+        state = f"state {format_bytes(row['state_bytes'])}"
+        table.add_row(gpus, state, f"needed {format_bytes(row['needed_bytes'])}", "")
+    return table
 
 
 def _warnings(warnings: Iterable[str]) -> Table:

@@ -34,10 +34,12 @@ def inspect(
         out.document(document)
         out.text("\n".join([layout.id, *tree_lines(source.tensors)]))
     else:
+        from epctl.launch.memory_table import assumptions, memory_rows
         from epctl.layout.card import layout_card
 
+        document["memory"] = rows = memory_rows(layout, source.config)
         out.document(document)
-        out.data(layout_card(layout))
+        out.data(layout_card(layout, rows, assumptions()))
 
 
 def _show_tensors(rows: list[dict[str, object]]) -> None:

@@ -191,9 +191,11 @@ def test_rates_come_from_bench_where_it_ran(tmp_path: Path) -> None:
     assert rates.measured == ["matmul", "experts"]
     assert rates.matmul == pytest.approx(document["matmul_tflops"] * 1e12)
     assert len(rates.experts) == 4
-    on_cpu = {**document, "machine": {"device": "x86_64"}}
-    remember(on_cpu, environment)
-    assert load_rates(environment=environment) == Rates()
+    on_cpu = tmp_path / "cpu.json"
+    on_cpu.write_text(json.dumps({**document, "machine": {"device": "x86_64"}}))
+    assert load_rates([on_cpu]) == Rates()
+    remember(json.loads(on_cpu.read_text()), {"XDG_CACHE_HOME": str(tmp_path / "other")})
+    assert not (tmp_path / "other").exists()
 
 
 def test_expert_rate_between_measured_sizes() -> None:
