@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dataset_shards import shards
 from launch import ROOT, rank_environment, run_ranks
 
 from epctl.config import DataSection
@@ -23,29 +23,6 @@ from epctl.launch.dataset_reference import (
 )
 
 NEXT_SHA = "f" * 40
-
-
-def shard(name: str, num_records: int, key: str = "text") -> bytes:
-    """Returns a parquet file whose records say where they stand."""
-    from datasets import Dataset
-
-    file = io.BytesIO()
-    texts = [f"{name} record {n:03d} " + "abcdefgh" * (n % 5) for n in range(num_records)]
-    values: list[Any] = texts
-    if key == "messages":
-        turns = ("user", "assistant")
-        values = [[{"role": role, "content": text} for role in turns] for text in texts]
-    Dataset.from_dict({key: values}).to_parquet(file)
-    return file.getvalue()
-
-
-def shards(count: int, num_records: int = 40, **options: Any) -> dict[str, bytes]:
-    return {
-        f"data/train-{n:05d}-of-{count:05d}.parquet": shard(
-            f"shard {n}", num_records + n, **options
-        )
-        for n in range(count)
-    }
 
 
 def add(hub: Any, files: dict[str, bytes], name: str = "org/data") -> None:
@@ -212,6 +189,15 @@ def test_datasets_that_cannot_be_had_are_one_clear_error(hub: Any, folder: Path)
     assert "127.0.0.1 is not reachable" in said
     assert "hint: point `--data` at local" in said
     assert not (folder / "run").exists()
+
+
+def test_a_dry_run_shows_the_commit_and_leaves_nothing(hub: Any, folder: Path) -> None:
+    add(hub, shards(1))
+    code, said = refusal(folder, "--data", "org/data", "--dry-run", "--json")
+    assert code == 0, said
+    assert not (folder / "run").exists()
+    assert not (folder / "cache").exists()
+    assert hub.sent == {}
 
 
 def test_a_split_or_configuration_that_is_not_there_is_named_by_the_rank(
