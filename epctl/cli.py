@@ -12,11 +12,20 @@ from typing import Annotated
 
 import typer
 
-from epctl import cli_bench, cli_convert, cli_plan, cli_train
+from epctl import cli_bench, cli_checkpoints, cli_convert, cli_plan, cli_train
 from epctl.cli_app import GuardedGroup, JsonFlag, QuietFlag, app, examples
 from epctl.output import out, prepare_streams, set_mode
 
-__all__ = ["GuardedGroup", "app", "cli_bench", "cli_convert", "cli_plan", "cli_train", "main"]
+__all__ = [
+    "GuardedGroup",
+    "app",
+    "cli_bench",
+    "cli_checkpoints",
+    "cli_convert",
+    "cli_plan",
+    "cli_train",
+    "main",
+]
 
 
 @app.command(

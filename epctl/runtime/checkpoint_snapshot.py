@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.checkpoint_files import Entry
+from epctl.runtime.checkpoint_reader import slice_name
 from epctl.runtime.checkpoint_shares import (
     assign_writers,
     entries_of,
     gathered_parameters,
     units_of,
 )
-from epctl.runtime.checkpoint_state import named_ranges, own_slices, slice_name
+from epctl.runtime.checkpoint_state import named_ranges, own_slices
 from epctl.runtime.host_copy import HostCopy
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.names import hub_tensors, join

@@ -16,8 +16,9 @@ from epctl.config import RunConfig
 from epctl.errors import ConfigError
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.checkpoint_progress import Progress
+from epctl.runtime.checkpoint_reader import StateReader
 from epctl.runtime.checkpoint_snapshot import buffers, counters, random_name
-from epctl.runtime.checkpoint_state import StateReader, named_ranges, restore_slices
+from epctl.runtime.checkpoint_state import named_ranges, restore_slices
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.random_state import KEYS, seed_anew, set_random_state
 from epctl.runtime.run_checkpoints import STATE_FOLDER
