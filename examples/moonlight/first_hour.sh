@@ -9,8 +9,10 @@ set -euo pipefail
 
 MODEL=${MODEL:-moonshotai/Moonlight-16B-A3B}
 DATA=${DATA:-chats.jsonl}          # one {"messages": [{"role": ..., "content": ...}, ...]} a line
+GPUS=${GPUS:-8}                    # what step 2 plans for; the run takes what it finds
+GPU_MEMORY=${GPU_MEMORY:-80GiB}
 EP=${EP:-8}                        # expert parallel size: GPUs that share the experts
-ZERO=${ZERO:-3}
+ZERO=${ZERO:-3}                    # EP and ZERO: step 2 says which are fastest
 STEPS=${STEPS:-200}
 LENGTH=${LENGTH:-4096}             # tokens a sequence
 CHECK_LAYERS=${CHECK_LAYERS:-3}    # depth of the proof; three layers of Moonlight fit one GPU
@@ -27,7 +29,8 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 echo "== 1. What is it? Read from headers, nothing is downloaded." >&2
 $EPCTL inspect "$MODEL"
 
-echo "== 2. What would run, and what will it hold?" >&2
+echo "== 2. What fits and what is fastest? Then: what would run, and what will it hold?" >&2
+$EPCTL plan "$MODEL" --gpus "$GPUS" --gpu-memory "$GPU_MEMORY" --seq "$LENGTH"
 $EPCTL train "${WHAT[@]}" "${EXTRA[@]}" --steps "$STEPS" --dry-run
 
 echo "== 3. Does this layout train as the whole model does? Exit 7 if not." >&2
