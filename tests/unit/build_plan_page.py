@@ -131,7 +131,7 @@ def _row(found: Recorded) -> str:
 def _answers() -> Iterator[str]:
     answers = [(request, plan(request)) for request, _, _ in map(build_request, CASES)]
     yield "## Answers\n"
-    yield "Predicted, with the rates above; nodes of eight GPUs, 4,096 tokens a sequence or as said."
+    yield "Predicted, with the rates above; nodes of eight GPUs, sequences of 4,096 or as said."
     yield "The first option of each; its terms and command follow. Offload takes host memory too.\n"
     columns = "model | GPUs | ep | ZeRO | sp | batch x accum | recompute | offload | GiB | host GiB"
     yield f"| {columns} | tokens/s/GPU |"
