@@ -72,7 +72,8 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     data_reading.ROUND_RECORDS = 4
     count_reads()
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=90))
-    mesh = SimpleNamespace(rank=dist.get_rank(), num_ranks=dist.get_world_size())
+    size = dist.get_world_size()
+    mesh = SimpleNamespace(rank=dist.get_rank(), num_ranks=size, num_data_ranks=size)
     results = {case["name"]: run(case, folder / case["name"], mesh) for case in cases}
     (folder / f"rank-{mesh.rank}.json").write_text(json.dumps(results))
     dist.barrier()
