@@ -78,6 +78,8 @@ def ignored_settings(resolved: ResolvedConfig) -> Iterator[tuple[str, str]]:
         yield "data.held_out_share", "`--eval-data` is given"
     if parse_interval(config.checkpoint.every) is None:
         yield "checkpoint.keep", "`checkpoint.every` is off"
+    if config.guards.spike == "skip" and config.optim.name == "deepspeed-muon":
+        yield "guards.spike", "DeepSpeed's own Muon makes every update; a spike only warns"
     if config.guards.spike == "off":
         yield "guards.spike_factor", "`guards.spike` is off"
         yield "guards.spike_window", "`guards.spike` is off"

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from epctl.config import ResolvedConfig
+from epctl.config import ResolvedConfig, RunConfig
 from epctl.errors import ConfigError, InputError
+from epctl.interval import parse_interval
 from epctl.launch.devices import Placement
 from epctl.output import Output
 from epctl.runtime.run_checkpoints import checkpoints_folder, list_checkpoints, newest_checkpoint
@@ -164,3 +165,13 @@ def forget_failure(folder: Path) -> None:
     for pattern in FAILURE_FILES:
         for path in folder.glob(pattern):
             path.unlink()
+
+
+def require_checkpointable(config: RunConfig) -> None:
+    """Raises ConfigError for checkpoints of an optimizer whose state epctl does not own."""
+    every = parse_interval(config.checkpoint.every)
+    if config.optim.name == "deepspeed-muon" and every is not None:
+        raise ConfigError(
+            "`checkpoint.every` with `--optim deepspeed-muon`: its state cannot be stored by name",
+            hint="it is there to compare with; `--optim muon` writes checkpoints",
+        )

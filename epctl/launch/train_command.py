@@ -29,7 +29,12 @@ from epctl.launch.plan_train import (
     write_prediction,
 )
 from epctl.launch.planner_rules import model_limits, require_legal
-from epctl.launch.resume_run import forget_failure, keep_global_batch, reopen_run_folder
+from epctl.launch.resume_run import (
+    forget_failure,
+    keep_global_batch,
+    reopen_run_folder,
+    require_checkpointable,
+)
 from epctl.launch.run_folder import choose_run_folder, create_run_folder, run_lock
 from epctl.launch.supervise import run_job
 from epctl.launch.track import open_tracker, require_tracker
@@ -127,6 +132,7 @@ def check_request(resolved: ResolvedConfig, output: Output) -> Job:
         if patterns and use not in datasets:
             find_records(patterns)
     require_tracker(config.run.track)
+    require_checkpointable(config)
     warn_of_ignored_settings(resolved, output)
     resolved = keep_global_batch(resolved, placement, output)
     return Job(resolved, placement, source, datasets)

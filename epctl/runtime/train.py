@@ -154,7 +154,8 @@ def train_and_evaluate(loop: TrainLoop) -> None:
 def end_early(loop: TrainLoop, events: EventLog) -> None:
     """Saves one checkpoint of the last finished step, if there is none, and says how it ended."""
     saved: str | None = None
-    if loop.config.checkpoint.grace_seconds and loop.checkpointer is not None:
+    has_state = loop.config.optim.name != "deepspeed-muon"
+    if loop.config.checkpoint.grace_seconds and loop.checkpointer is not None and has_state:
         loop.save_checkpoint()
         loop.checkpointer.finish()
         newest = committed_checkpoints(loop.checkpointer.run_folder)
