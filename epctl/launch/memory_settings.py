@@ -129,11 +129,11 @@ def rank_plan(
         sequence_length=train.sequence_length,
         engine=EngineBuffers.of(document, bfloat16=bfloat16),
         accumulation=train.gradient_accumulation_steps,
-        checkpointing=checkpointing_mode(train.activation_checkpointing),
+        checkpointing=train.activation_checkpointing,
         offload=optim.offload,
         optimizer="adamw" if optim.name == "adamw" else "muon",
         momentum_bytes=2 if optim.momentum_dtype == "bfloat16" else 4,
-        sp=getattr(config.parallel, "sp", 1),
+        sp=config.parallel.sp,
         bfloat16=bfloat16,
         on_cpu=on_cpu,
         is_packed=config.data.packing and bool(config.data.train or config.model.reference),
@@ -141,11 +141,3 @@ def rank_plan(
         imbalance=imbalance,
         patches=patches,
     )
-
-
-def checkpointing_mode(value: bool | str) -> Checkpointing:
-    """Returns the mode of a setting that may be a plain yes or no."""
-    if isinstance(value, bool):
-        return "full" if value else "none"
-    modes: tuple[Checkpointing, ...] = ("none", "attention", "moe", "full")
-    return next(mode for mode in modes if mode == value)

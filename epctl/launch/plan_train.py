@@ -79,7 +79,7 @@ def _request(
     values |= {key: _value(config, key) for key in DECIDED if resolved.is_given(key)}
     train = config.train
     rows = train.micro_batch_size * train.gradient_accumulation_steps
-    sp = getattr(config.parallel, "sp", 1)
+    sp = config.parallel.sp
     return make_request(
         shape, layout, config,
         num_ranks=placement.num_ranks,

@@ -129,16 +129,16 @@ def train_line(request: Request, option: Option, model: str) -> str:
         str(run.zero),
     ]
     words += ["--optim", run.optimizer, "--num-ranks", str(run.num_ranks)]
+    if run.sp > 1:
+        words += ["--sp", str(run.sp)]
     if request.num_nodes > 1:
         words += ["--nnodes", str(request.num_nodes)]
     settings: dict[str, Any] = {
         "train.sequence_length": run.sequence_length,
         "train.micro_batch_size": run.micro_batch,
         "train.gradient_accumulation_steps": run.accumulation,
-        "train.activation_checkpointing": _recompute(option),
+        "train.activation_checkpointing": run.checkpointing,
     }
-    if run.sp > 1:
-        settings["parallel.sp"] = run.sp
     if run.offload:
         settings["optim.offload"] = "true"
     if not base.data.packing:
@@ -146,11 +146,6 @@ def train_line(request: Request, option: Option, model: str) -> str:
     for key, value in settings.items():
         words += ["--set", f"{key}={value}"]
     return shlex.join(words)
-
-
-def _recompute(option: Option) -> str:
-    value = option.config.train.activation_checkpointing
-    return str(value).lower() if isinstance(value, bool) else value
 
 
 def summary_line(request: Request) -> str:

@@ -6,7 +6,6 @@ says what it needs, cost.py how long a step takes.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections import Counter
@@ -173,7 +172,7 @@ def _of_mesh(
 
     def option(mode: str, batch: tuple[int, int]) -> Option:
         config = _config(request, optimizer, ep, zero, sp, offload, mode, *batch)
-        return _option(request, config, sp)
+        return _option(request, config)
 
     first = _config(request, optimizer, ep, zero, sp, offload, modes[-1], *batches[-1])
     reason = why_illegal(first, request.num_ranks, request.device, request.limits)
@@ -203,7 +202,7 @@ def _of_mesh(
 def _checkpointing_choices(request: Request) -> tuple[str, ...]:
     fixed = request.fixed.get("train.activation_checkpointing")
     if fixed is not None:
-        return ("full" if fixed is True else "none" if fixed is False else str(fixed),)
+        return (str(fixed),)
     if not request.shape.num_moe_layers:
         return tuple(mode for mode in CHECKPOINTING if mode != "moe")
     return CHECKPOINTING
@@ -242,20 +241,15 @@ def _config(
     checkpointing: str, micro_batch: int, accumulation: int,
 ) -> RunConfig:  # fmt: skip
     base = request.base
-    parallel = {"ep": ep, "zero": zero, "num_ranks": request.num_ranks}
-    if hasattr(base.parallel, "sp"):
-        parallel["sp"] = sp
+    parallel = {"ep": ep, "zero": zero, "sp": sp, "num_ranks": request.num_ranks}
     name = base.optim.name if base.optim.name == "deepspeed-muon" else optimizer
-    recompute: Any = checkpointing
-    if isinstance(base.train.activation_checkpointing, bool):
-        recompute = checkpointing == "full"
     return base.model_copy(
         update={
             "parallel": base.parallel.model_copy(update=parallel),
             "optim": base.optim.model_copy(update={"offload": offload, "name": name}),
             "train": base.train.model_copy(
                 update={
-                    "activation_checkpointing": recompute,
+                    "activation_checkpointing": checkpointing,
                     "micro_batch_size": micro_batch,
                     "gradient_accumulation_steps": accumulation,
                 }
@@ -264,12 +258,11 @@ def _config(
     )
 
 
-def _option(request: Request, config: RunConfig, sp: int) -> Option:
+def _option(request: Request, config: RunConfig) -> Option:
     run = rank_plan(
         config, request.num_ranks, request.device,
         imbalance=request.imbalance, patches=request.patches,
     )  # fmt: skip
-    run = dataclasses.replace(run, sp=sp)
     prediction = predict(request.shape, run)
     needed = prediction.needed_bytes if request.device == "cuda" else cpu_bytes(prediction)
 
