@@ -110,6 +110,19 @@ class MoESection(Section):
     implementation: Literal["epctl", "autoep"] = Field(
         "epctl", description="epctl's layer, or DeepSpeed's own for comparison"
     )
+    bias_update_rate: float = Field(
+        0.0, ge=0, description="step of the correction biases towards even loads (DeepSeek: 0.001)"
+    )
+    sequence_loss: float = Field(
+        0.0, ge=0, description="factor of the sequence-wise balance loss (DeepSeek: 0.0001)"
+    )
+    z_loss: float = Field(0.0, ge=0, description="factor of the loss on large router logits")
+    capacity_factor: float | None = Field(
+        None, gt=0, description="choices an expert takes, over its even share; default: all"
+    )
+    max_tokens_per_rank: int | None = Field(
+        None, ge=1, description="rows a rank's experts take in one exchange; more is an error"
+    )
 
 
 class OptimSection(Section):

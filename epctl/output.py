@@ -7,6 +7,7 @@ Modes: `human` (tables, colour on a terminal), `json` (one document, or JSON Lin
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import io
 import json
@@ -121,6 +122,17 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def flush_streams() -> None:
+    """Writes out what is buffered: for a process that ends without the interpreter's own end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def others_on_stderr() -> contextlib.AbstractContextManager[Any]:
+    """Sends what libraries print to stderr for as long as it is open: stdout is for results."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def set_mode(*, json_mode: bool = False, quiet: bool = False) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ from epctl import __version__
 from epctl.bench.registry import CASES, Result
 from epctl.bench.report import write_json, write_png
 from epctl.launch.cost_rates import remember
-from epctl.output import out
+from epctl.output import others_on_stderr, out
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +30,7 @@ def run_case(
     """
     case = CASES[name].load()
     result: Result = {"benchmark": name, "epctl": __version__}
-    with contextlib.redirect_stdout(sys.stderr):  # a peer's log must not mix with the result
+    with others_on_stderr():  # a peer's log must not mix with the result
         result |= case.measure(**settings)
     assert all("gate" in row for row in result["rows"]), "a number without a gate"
     out.data(case.table(result))

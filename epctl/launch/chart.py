@@ -1,4 +1,4 @@
-"""The loss curve: braille dots for a terminal, a PNG for everything else."""
+"""A run in pictures: the loss curve (braille dots in a terminal, a PNG) and the experts' loads."""
 
 from __future__ import annotations
 
@@ -71,6 +71,29 @@ def write_loss_png(
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def write_load_png(path: Path, steps: Sequence[int], loads: Sequence[Sequence[float]]) -> None:
+    """Writes max/mean load of each layer's experts over the reports as a heat map.
+
+    Args:
+        loads: one row a report: the ratio of each MoE layer, 1 where all experts are used alike.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_layer = [list(layer) for layer in zip(*loads, strict=True)]
+    figure, axes = pyplot.subplots(figsize=(8, 0.25 * len(by_layer) + 2), dpi=120)
+    image = axes.imshow(by_layer, aspect="auto", interpolation="nearest", cmap="magma", vmin=1)
+    places = sorted({round(n * (len(steps) - 1) / 5) for n in range(6)})
+    axes.set_xticks(places, [str(steps[place]) for place in places])
+    axes.set(xlabel="step", ylabel="MoE layer", title="load of the fullest expert over the mean")
+    figure.colorbar(image, ax=axes)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epctl.launch.chart import braille_chart, write_loss_png
+from epctl.launch.chart import braille_chart, write_load_png, write_loss_png
 from epctl.launch.plan_train import compared_text, memory_text, read_prediction
 from epctl.launch.track import Tracker, tracked_values
 from epctl.output import Mode, Output, format_bytes, format_count, format_seconds
@@ -177,6 +177,12 @@ class RunView:
         title = f"{self.plan['model']}, ep {self.plan['ep']}, ZeRO-{self.plan['zero']}"
         try:
             write_loss_png(self.run_folder / "loss.png", steps, losses, held_out, title)
+            routed = [step for step in self.steps if step.get("expert_loads")]
+            if routed:
+                loads = [step["expert_loads"] for step in routed]
+                write_load_png(
+                    self.run_folder / "expert_load.png", [step["step"] for step in routed], loads
+                )
         except (ImportError, OSError) as error:  # the run itself is done and saved
             self.output.warning(f"no curve was drawn: {error}")
         if self.output.mode is Mode.HUMAN:

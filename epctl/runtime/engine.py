@@ -16,6 +16,7 @@ from torch import nn
 from epctl.config import OptimSection, RunConfig
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.attention_logits import AttentionLogits
+from epctl.runtime.balance import set_up_balance
 from epctl.runtime.chunked_loss import limit_logits
 from epctl.runtime.data_batch import Batch
 from epctl.runtime.guards import StepGuard
@@ -36,6 +37,7 @@ def create_engine(
     """Returns (engine, optimizer, scheduler), the optimizer wired to the engine's partitions."""
     import deepspeed
 
+    model.epctl_balance = set_up_balance(model, config)  # type: ignore[assignment]
     reason = limit_logits(model, int(config.train.logits_mib * 2**20))
     if reason is not None:
         warnings.warn(f"`train.logits_mib` is ignored: {reason}", stacklevel=2)
@@ -194,6 +196,8 @@ def train_step(
         with annotate("optimizer"):
             engine.step()
     scheduler.step()
+    if engine.module.epctl_balance is not None:
+        engine.module.epctl_balance.after_step()
     dist.all_reduce(total)
     if config.parallel.zero > 0:
         norm = seams.gradient_norm(engine)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 from typing import NoReturn
+
+from epctl.output import flush_streams
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -18,7 +19,6 @@ def leave(exit_code: int) -> NoReturn:
     """
     try:
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_streams()
     finally:
         os._exit(exit_code)

@@ -9,7 +9,7 @@ I expert intermediate size.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.dispatch import combine, dispatch
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.moe_rules import ExpertShape, RouterRule
+from epctl.runtime.profile import annotate
 from epctl.runtime.recompute import recomputing
+
+if TYPE_CHECKING:
+    from epctl.runtime.balance import DispatchLimits, RouterLosses
 
 
 class Router(nn.Module):
@@ -34,6 +38,7 @@ class Router(nn.Module):
     bias: nn.Parameter | None
     tokens_per_expert: Tensor
     live_leaves: dict[str, str]
+    losses: RouterLosses | None = None
 
     def __init__(self, rule: RouterRule, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -46,6 +51,10 @@ class Router(nn.Module):
         self, x: Tensor, correction_bias_E: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns logits [T, E], weights [T, K] in float32 and global expert ids [T, K]."""
+        with annotate("router"):
+            return self._route(x, correction_bias_E)
+
+    def _route(self, x: Tensor, correction_bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = x.reshape(-1, x.shape[-1]).float()
         bias_E = None if self.bias is None else self.bias.float()
         logits_TE = F.linear(x_TD, self.weight.float(), bias_E)
@@ -56,8 +65,11 @@ class Router(nn.Module):
         if correction_bias_E is not None:
             correction_bias_E = correction_bias_E.flatten()
         weights_TK, experts_TK = route(logits_TE, correction_bias_E, **self.rule.route_arguments())
-        if self.training and not recomputing():
+        if self.training:
             count_tokens(self, experts_TK)
+            if self.losses is not None:
+                score_func = self.rule.score_func
+                weights_TK = self.losses.attach(weights_TK, logits_TE, experts_TK, score_func)
         return logits_TE, weights_TK, experts_TK
 
 
@@ -67,7 +79,7 @@ class _Counting:
     def forward(self, *inputs: Any, **options: Any) -> Any:
         router = cast(Any, self)
         outputs = super().forward(*inputs, **options)  # type: ignore[misc]
-        if router.training and not recomputing():
+        if router.training:
             count_tokens(router, outputs[-1])
         return outputs
 
@@ -108,6 +120,7 @@ class LocalExperts(nn.Module):
     w1: nn.Parameter | None
     w3: nn.Parameter
     w2: nn.Parameter
+    limits: DispatchLimits | None = None
 
     def __init__(self, shape: ExpertShape, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
@@ -131,12 +144,22 @@ class LocalExperts(nn.Module):
             experts_TK: global expert ids, int64.
         """
         weights_TK = weights_TK.float()
+        limits = self.limits if self.training else None
+        if limits is not None:
+            weights_TK, experts_TK = limits.drop(weights_TK, experts_TK, self.shape.num_experts)
         if self.ep_size == 1:
-            return self.compute(x_TD, experts_TK, weights_TK)
+            with annotate("experts"):
+                return self.compute(x_TD, experts_TK, weights_TK)
         assert self.ep_group is not None
-        sent = dispatch(x_TD, experts_TK, weights_TK, self.num_local_experts, self.ep_group)
-        y_RD = self.compute(sent.x_RD, sent.experts_RK, sent.weights_RK)
-        return combine(y_RD, sent, x_TD.shape[0])
+        max_rows = None if limits is None else limits.max_rows
+        with annotate("dispatch"):
+            sent = dispatch(
+                x_TD, experts_TK, weights_TK, self.num_local_experts, self.ep_group, max_rows
+            )
+        with annotate("experts"):
+            y_RD = self.compute(sent.x_RD, sent.experts_RK, sent.weights_RK)
+        with annotate("combine"):
+            return combine(y_RD, sent, x_TD.shape[0])
 
     def compute(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Returns the sum over the experts held here; -1 is an expert elsewhere."""

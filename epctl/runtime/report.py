@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import resource
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from epctl.config import RunConfig
 from epctl.runtime.engine import count_state_bytes
@@ -82,19 +81,6 @@ def attention_facts(optimizer: Any) -> dict[str, Any]:
         "attention_logit_layer": report.layer,
         "attention_logit_head": report.head,
     }
-
-
-def expert_load(engine: Any) -> float:
-    """Returns the largest ratio max/mean of routed tokens over layers since the last report."""
-    routers = [m for m in engine.module.modules() if hasattr(m, "tokens_per_expert")]
-    if not routers:
-        return float("nan")
-    counts_LE = torch.stack([cast(Tensor, m.tokens_per_expert) for m in routers])
-    dist.all_reduce(counts_LE)
-    for router in routers:
-        cast(Tensor, router.tokens_per_expert).zero_()
-    means_L = counts_LE.double().mean(dim=1).clamp_min(1e-9)
-    return float((counts_LE.amax(dim=1) / means_L).max())
 
 
 def peak_memory(device: torch.device) -> int:

@@ -22,7 +22,8 @@ from epctl.runtime.faults import reached
 from epctl.runtime.guards import StepGuard
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.profile import StepProfiler, profiled
-from epctl.runtime.report import attention_facts, expert_load, peak_memory
+from epctl.runtime.report import attention_facts, peak_memory
+from epctl.runtime.routing_report import routing_facts
 from epctl.runtime.run_settings import rows_per_step, tokens_per_step
 from epctl.runtime.stop_request import StopRequest
 from epctl.runtime.watchdog import Watchdog
@@ -204,7 +205,7 @@ class TrainLoop:
             tokens_per_second=round(clock.tokens_per_step / seconds, 1),
             tokens=clock.tokens_per_step * done,
             memory_bytes=peak_memory(self.engine.device),
-            expert_load=round(expert_load(self.engine), 3),
+            **routing_facts(self.engine),
             **attention_facts(self.scheduler.optimizer),
         )
 

@@ -29,6 +29,7 @@ from epctl.runtime.weights import RandomWeights
 
 NUM_STEPS = 4
 GLOBAL_BATCH = 8
+BALANCE = {"moe.sequence_loss": 0.05, "moe.z_loss": 0.01, "moe.bias_update_rate": 0.01}
 
 
 def tiny_config(**changes: Any) -> Any:
@@ -78,6 +79,7 @@ def case_config(case: dict[str, Any], num_ranks: int) -> RunConfig:
         "train.gradient_accumulation_steps": accumulation,
         "moe.implementation": case.get("moe", "epctl"),
         "train.logits_mib": case.get("logits_mib"),
+        **(BALANCE if case.get("balance") else {}),
         **case.get("flags", {}),
     }
     return resolve_config(flags=flags).config

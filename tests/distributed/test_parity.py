@@ -32,7 +32,7 @@ def case(optim: str, zero: int, ep: int, **options: Any) -> dict[str, Any]:
 
 
 # Pairwise over (optimizer, ZeRO, EP, accumulation, clipping, DeepSpeed's own layer, logits made in
-# blocks of a few words).
+# blocks of a few words, what is recomputed, balance losses with moving biases).
 CASES = {
     1: [
         case("muon", 1, 1),
@@ -44,6 +44,8 @@ CASES = {
         case("muon", 1, 1, clipping=0.0),
         case("muon", 2, 1, moe="autoep"),
         case("muon", 1, 1, logits_mib=0.002),
+        case("muon", 1, 1, balance=True),
+        case("muon", 3, 1, balance=True, accumulation=4),
     ],
     2: [
         case("muon", 1, 2),
@@ -56,6 +58,7 @@ CASES = {
         case("muon", 2, 2, clipping=0.0),
         case("muon", 3, 2, logits_mib=0.002, recompute="attention"),
         case("adamw", 0, 1, logits_mib=0.002),
+        case("muon", 0, 2, balance=True, accumulation=2),
     ],
     4: [
         case("muon", 1, 4),
@@ -69,20 +72,24 @@ CASES = {
         case("muon", 0, 4),
         case("muon", 3, 4, recompute="moe"),
         case("muon", 3, 2, recompute="full"),
+        case("muon", 3, 4, balance=True, recompute="moe"),
+        case("muon", 2, 2, balance=True, accumulation=2),
         case("muon", 3, 2, accumulation=2),
         case("muon", 3, 2, moe="autoep"),
         case("muon", 1, 2, moe="autoep"),
     ],
 }
 REFERENCES = {
-    ("muon", 0.5): "muon-zero1-ep1",
-    ("adamw", 0.5): "adamw-zero1-ep1",
-    ("muon", 0.0): "muon-zero1-ep1-clipping0.0",
+    ("muon", 0.5, False): "muon-zero1-ep1",
+    ("adamw", 0.5, False): "adamw-zero1-ep1",
+    ("muon", 0.0, False): "muon-zero1-ep1-clipping0.0",
+    ("muon", 0.5, True): "muon-zero1-ep1-balanceTrue",
 }
 
 
 def reference_name(case: dict[str, Any]) -> str:
-    return REFERENCES[(case.get("optim", "muon"), case.get("clipping", 0.5))]
+    options = (case.get("optim", "muon"), case.get("clipping", 0.5), case.get("balance", False))
+    return REFERENCES[options]
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
