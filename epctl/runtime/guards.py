@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from epctl.config import GuardsSection
+from epctl.config_checkpoint import GuardsSection
 from epctl.errors import GateError
 from epctl.runtime.checkpoint_state import named_ranges
 from epctl.runtime.deepspeed_seams import full_shape
