@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from epctl.runtime.moe_blocks import moe_layout
 from epctl.runtime.native_config import config_of
 from epctl.runtime.weights import RandomWeights, WeightSource
 
+GENERATION_NAME = "generation_config.json"
+
 
 @dataclass
 class TrainingModel:
@@ -38,12 +41,20 @@ class TrainingModel:
     notes: list[str] = field(default_factory=list)
 
     def write_extras(self, folder: Path, dtype: torch.dtype) -> None:
-        """Writes what makes a folder of weights a model: configs and tokenizer."""
+        """Writes what makes a folder of weights a model: configs and tokenizer.
+
+        How to generate is the original's own, byte for byte, if it says.
+        """
         from transformers import GenerationConfig
 
         self.config.dtype = str(dtype).removeprefix("torch.")
         self.config.save_pretrained(folder)
-        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        source = self.weights.source if isinstance(self.weights, CheckpointWeights) else None
+        original = source.folder / GENERATION_NAME if source and source.folder else None
+        if original is not None and original.is_file():
+            shutil.copyfile(original, folder / GENERATION_NAME)
+        else:
+            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -103,6 +114,8 @@ def open_checkpoint(name: str, folder: Path | None, tokenizer: Any) -> TrainingM
             hint="config.json belongs to another checkpoint, or the layout is a newer one",
         )
     notes = [f"not read: {count} {reason}" for reason, count in dropped.items()]
+    if source.config.get("output_router_logits"):
+        notes.append("output_router_logits is off: there is no balancing loss")
     assert layout.moe is not None
     return TrainingModel(name, config, weights, tokenizer, layout.moe, notes=notes)
 

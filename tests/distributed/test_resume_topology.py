@@ -7,7 +7,6 @@ saved again at once the state is the same to the last bit, tensor by tensor and 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +64,7 @@ def pair_name(pair: tuple[str, int, int, int]) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("topology")
     model = write_tiny_moonlight(folder / "model", dtype=torch.float32)
+    (model / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
     phases = []
     for size in SIZES:
         cases = [
@@ -152,4 +152,6 @@ def test_transformers_loads_the_model_and_has_the_trainers_held_out_loss(folder:
     trained = outcome(folder, "e")
     assert total / batch.num_targets == pytest.approx(trained["held_out"], abs=1e-5, rel=0)
     assert abs(trained["held_out"] - trained["first"][0]) > 1e-3
-    assert os.listdir(folder / "e" / "checkpoints" / "step-0000002" / "model")
+    for place in ("e", pair_name(PAIRS[0])):  # the original's own, also a checkpoint later
+        kept = folder / place / "checkpoints" / "step-0000002" / "model" / "generation_config.json"
+        assert kept.read_bytes() == (folder / "model" / "generation_config.json").read_bytes()
