@@ -123,7 +123,8 @@ def check_request(resolved: ResolvedConfig, output: Output) -> Job:
     placement = place_job(config, count_gpus())
     limits = model_limits(layout)
     require_legal(config, placement.num_ranks, placement.device, limits)
-    resolved = plan_run(resolved, placement, source, output)
+    if config.launch.node_rank == 0:  # the others read what node 0 wrote
+        resolved = plan_run(resolved, placement, source, output)
     config = resolved.config
     require_legal(config, placement.num_ranks, placement.device, limits)
     resumed = Path(config.run.resume) if config.run.resume is not None else None
