@@ -76,6 +76,12 @@ def require_trainable(layout: ModelLayout) -> None:
             hint=f"`epctl inspect {layout.id}` shows what is known of it",
         )
     layout.require_trainable()
+    if layout.vision is not None:
+        raise LayoutError(
+            f"`{layout.id}` has a vision tower (`{layout.vision.tower_prefix}`); `epctl train` "
+            "trains language models alone",
+            hint="train the text model, if the family publishes one",
+        )
 
 
 def dequantize_hint(model_id: str) -> str:

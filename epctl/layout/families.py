@@ -18,7 +18,7 @@ from epctl.errors import LayoutError
 _KEYS = {
     "name", "title", "like", "model_types", "config", "defaults", "names", "router", "activation",
     "experts", "vision", "untrainable", "layers", "notes", "live_module", "sequence_parallel",
-    "architectures",
+    "architectures", "untrainable_types",
 }  # fmt: skip
 
 
@@ -60,6 +60,7 @@ class Family:
     vision: Mapping[str, Any] | None
     layers: str | None
     untrainable: str | None
+    untrainable_types: Mapping[str, str]
     sequence_parallel: str | None
     live_module: str | None
     architectures: tuple[str, ...]
@@ -95,6 +96,7 @@ def build_family(document: Mapping[str, Any], *, file: str) -> Family:
             vision=document.get("vision"),
             layers=document.get("layers"),
             untrainable=document.get("untrainable"),
+            untrainable_types=document.get("untrainable_types", {}),
             sequence_parallel=document.get("sequence_parallel"),
             live_module=document.get("live_module"),
             architectures=tuple(document.get("architectures", ())),
@@ -116,7 +118,11 @@ def resolve_documents(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, d
         document = documents[name]
         base = resolve(document["like"], (*chain, name)) if "like" in document else {}
         # What names a family is never inherited.
-        base = {key: base[key] for key in base if key not in ("notes", "architectures")}
+        base = {
+            key: base[key]
+            for key in base
+            if key not in ("notes", "architectures", "untrainable_types")
+        }
         resolved[name] = _merge(base, document)
         return resolved[name]
 

@@ -93,15 +93,16 @@ def _top_k(evidence: Evidence, num_experts: int) -> int | None:
 
 
 def _untrainable(evidence: Evidence, expert_hidden_size: int) -> str | None:
-    if evidence.family and evidence.family.untrainable:
-        return evidence.family.untrainable
-    hidden_size = evidence.facts.get_int("hidden_size")
-    if hidden_size is not None and hidden_size != expert_hidden_size:
+    family, hidden_size = evidence.family, evidence.facts.get_int("hidden_size")
+    if family is None and hidden_size not in (None, expert_hidden_size):
         return (
             f"its experts work in a projected space of {expert_hidden_size} values, "
             f"hidden_size is {hidden_size}"
         )
-    return None
+    if family is None:
+        return None
+    of_type = (family.untrainable_types.get(kind) for kind in evidence.types)
+    return family.untrainable or next((reason for reason in of_type if reason), None)
 
 
 def _storage_reason(evidence: Evidence, stack: ExpertStack) -> str:

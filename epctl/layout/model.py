@@ -87,7 +87,8 @@ class RouterLayout:
     `score_after_selection`). The top_k of scores plus `correction_bias` are chosen, inside the
     best `top_groups` of `num_groups` groups; `selection` names another method. Weights are the
     unbiased scores, renormalised if `normalize` (denominator + `normalize_epsilon`), times
-    `scale`. None means not known.
+    `scale`. None means not known. With `selection` other than `top_k`, training keeps transformers'
+    own router (`sparsemixer` is Phi-MoE's, `transformers` any other rule of its own).
     """
 
     weight: str | None

@@ -58,8 +58,8 @@ def moe_layout(model: nn.Module, config: Any) -> MoELayout:
 
 def count_experts(model: nn.Module, config: Any) -> int:
     """Returns the routed experts of a layer, 0 for a model without; raises as `moe_layout`."""
-    has_experts = next(moe_blocks(model), None) is not None
-    return moe_layout(model, config).num_experts if has_experts else 0
+    layout = live_layout(model, config)
+    return 0 if layout.moe is None else moe_layout(model, config).num_experts
 
 
 def swap_moe_blocks(model: nn.Module, config: Any, mesh: Mesh, dtype: torch.dtype) -> int:
@@ -71,7 +71,7 @@ def swap_moe_blocks(model: nn.Module, config: Any, mesh: Mesh, dtype: torch.dtyp
     Raises LayoutError if the model has a block that epctl cannot run, saying why.
     """
     blocks = list(moe_blocks(model))
-    if not blocks:
+    if not blocks and live_layout(model, config).moe is None:
         return 0
     moe = moe_layout(model, config)
     found = {layer_number(name) for name, _ in blocks}

@@ -8,6 +8,9 @@ from torch import nn
 
 from epctl.runtime.deepspeed_seams import full_shape
 
+# Projections that hold gate and up, and what the down projection beside them is called.
+FUSED_GATES = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}
+
 
 def blocks_of(
     model: nn.Module, name: str, parameter: nn.Parameter, per_head: bool
@@ -21,7 +24,7 @@ def blocks_of(
     module_name, _, own_name = name.rpartition(".")
     leaf = own_name if own_name != "weight" else module_name.rpartition(".")[2]
     num_rows, num_columns = full_shape(parameter)[-2:]
-    if leaf == "gate_up_proj" and _rows_are_stacked(model, name, num_rows):
+    if leaf in FUSED_GATES and _rows_are_stacked(model, name, num_rows, FUSED_GATES[leaf]):
         return (num_rows // 2,) * 2
     attention = _submodule(model, module_name.rpartition(".")[0])
     if per_head and attention is not None:
@@ -33,13 +36,13 @@ def blocks_of(
     return None
 
 
-def _rows_are_stacked(model: nn.Module, name: str, num_rows: int) -> bool:
-    """True if gate and up are row blocks: `down_proj` next to it has half as many inputs.
+def _rows_are_stacked(model: nn.Module, name: str, num_rows: int, down_name: str) -> bool:
+    """True if gate and up are row blocks: the down projection next to it has half as many inputs.
 
     Some families store the transpose, whose rows are the hidden size.
     """
     holder = _submodule(model, name.removesuffix(".weight").rpartition(".")[0])
-    down: Any = getattr(holder, "down_proj", None)
+    down: Any = getattr(holder, down_name, None)
     weight = getattr(down, "weight", down)
     return weight is not None and num_rows == 2 * full_shape(weight)[-1]
 

@@ -12,6 +12,7 @@ from epctl.launch.memory_shape import PARTS
 from epctl.runtime.deepspeed_seams import full_shape
 from epctl.runtime.names import hub_tensors
 
+
 def select_trainable(model: nn.Module, wanted: str, num_experts: int) -> int:
     """Freezes every parameter that `wanted` does not name; returns how many elements are frozen.
 

@@ -59,6 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**DEEPSEEK, **MLA},
     "deepseek_v32": {**DEEPSEEK, **MLA, **INDEXER},
     "dots1": DEEPSEEK,
+    "dots3_note_text": {**DEEPSEEK, **FULL, "num_key_value_heads": 4},
     "ernie4_5_moe": {
         "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 24,
         "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2,
@@ -118,7 +119,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         **DEEPSEEK, "layers_block_type": ["mamba", "moe", "attention"],
         "moe_shared_expert_intermediate_size": 40, "mamba_num_heads": 8, "mamba_head_dim": 8,
-        "ssm_state_size": 8, "n_groups": 2,
+        "ssm_state_size": 8, "n_groups": 2, "moe_latent_size": 20,
     },
     "olmoe": {**QWEN, "norm_topk_prob": False},
     "phimoe": LOCAL,
@@ -126,6 +127,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**QWEN, **SHARED, **LINEAR},
     "qwen3_moe": {**QWEN, "mlp_only_layers": [0]},
     "qwen3_next": {**QWEN, **SHARED, **LINEAR},
+    "qwen4_exp_text": {
+        **QWEN, **SHARED, **LINEAR, "indexer_budget": 16, "indexer_compress_ratio": 4,
+        "indexer_head_dim": 16, "indexer_n_heads": 4, "indexer_kv_heads": 1,
+    },
     "solar_open": {**DEEPSEEK, "first_k_dense_replace": 0},
 }  # fmt: skip
 
@@ -141,6 +146,7 @@ def tiny_model(model_type: str) -> nn.Module:
     """Returns transformers' model with weights large enough to route and clamp unevenly."""
     from transformers import AutoModelForCausalLM
 
+    torch.manual_seed(0)  # norms, decay rates and the like keep what the class draws
     model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from family_models import inputs
+from family_models import SIZES, inputs
 from torch import Tensor, nn
 
 from epctl.runtime import deepspeed_seams as seams
@@ -30,7 +30,6 @@ from epctl.runtime.moe_blocks import moe_blocks, router_of
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.training_model import open_checkpoint
 
-ONE = Mesh(0, 1, 1, 0)
 NUM_TOKENS = 37
 
 
@@ -40,16 +39,20 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float(distance / expected.detach().double().norm().clamp_min(1e-30))
 
 
-def build(folder: Path, mesh: Mesh, *, swap: bool) -> nn.Module:
+def build(folder: Path, mesh: Mesh) -> nn.Module:
+    """Returns epctl's model, read by epctl."""
     model = open_checkpoint(folder.name, folder, None)
-    return build_model(
-        model.config,
-        mesh,
-        model.weights,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        swap=swap,
-    )
+    cpu = torch.device("cpu")
+    return build_model(model.config, mesh, model.weights, dtype=torch.float32, device=cpu)
+
+
+def transformers_model(folder: Path) -> nn.Module:
+    """Returns transformers' own model, read by transformers; its tensors under the hub's names."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    open_checkpoint(folder.name, folder, None).weights.note_names(model)
+    return model
 
 
 def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -115,13 +118,13 @@ def _elsewhere(name: str, mesh: Mesh, layer: Any) -> bool:
 
 
 def run_family(folder: Path, output: Path, mesh: Mesh) -> dict[str, Any]:
-    ours, theirs = build(folder, mesh, swap=True), build(folder, ONE, swap=False)
+    ours, theirs = build(folder, mesh), transformers_model(folder)
     # Phi-MoE samples its experts while it trains: ranks would draw others than one process.
     train = folder.name != "phimoe"
     ours.train(train), theirs.train(train)
     layers = [m for m in ours.modules() if isinstance(m, ExpertParallelMoE)]
     blocks = [block for _, block in moe_blocks(theirs)]
-    hidden = layers[0].experts.shape.hidden_size
+    hidden = SIZES["hidden_size"]
     block = compare_block(layers[0], blocks[0], mesh, hidden)
     for model in (ours, theirs):
         model.zero_grad()

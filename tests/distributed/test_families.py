@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import FAMILIES, write_tiny_model
-from launch import run_ranks
+from launch import ROOT, run_ranks
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
@@ -82,3 +82,11 @@ def test_what_is_saved_is_what_was_read(
     for name, tensor in expected.items():
         assert actual[name].shape == tensor.shape, name
         assert torch.equal(actual[name], tensor.to(actual[name].dtype)), name
+
+
+def test_every_type_that_trains_is_here() -> None:
+    """docs/families.md is generated from what `epctl train` decides by."""
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    trains = {cells[0] for cells in rows if cells[-1] == "yes"}
+    assert trains == FAMILIES.keys()

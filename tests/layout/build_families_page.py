@@ -27,12 +27,18 @@ layers, orientation, interleaving, router, bias and shared experts equal the liv
 (`tests/layout/test_detect_fixtures.py`). The routing rule of 60 types is also computed, with config
 values other than the defaults, and equals the live router's weights and choices
 (`tests/layout/test_router_rules.py`); the others have rules that epctl's router does not state.
-{detected} are detected. *Trainable* says whether the
-layout states all that training needs; {trainable} do.
+{detected} are detected.
 
-| model_type | family | detected | stored as | router | trainable |
+*Trains* says whether `epctl train` trains the type, or why not; {trainable} do. For each of those a
+tiny model that transformers wrote is read, and at EP 1 and 2 the outputs and every gradient of an
+MoE block, the choices of its router and the first loss equal transformers' own, and what is saved
+equals what was read, bit by bit (`tests/distributed/test_families.py`). A router marked *own* is
+transformers' module; the others are epctl's, in float32.
+
+| model_type | family | detected | stored as | router | trains |
 |---|---|---|---|---|---|
 """
+OTHERS = ("llama4_text", "longcat_flash", "jetmoe", "dbrx")
 
 
 def row(name):
@@ -47,6 +53,7 @@ def row(name):
     words += ["bias"] if router.correction_bias else []
     words += ["normalised"] if router.normalize else []
     words += ["shared experts"] if moe.shared_experts else []
+    words += [] if router.selection == "top_k" else ["own"]
     reason = "yes"
     try:
         layout.require_trainable()
@@ -54,6 +61,11 @@ def row(name):
         reason = "no: " + (moe.untrainable or error.message)
     cells = [name, layout.family or "-", "yes", moe.storage.label, ", ".join(words), reason]
     return cells, layout.family is not None, reason == "yes"
+
+
+def table(rows):
+    """Returns the lines of rows."""
+    return "".join("| " + " | ".join(cells) + " |\n" for cells, _, _ in rows)
 
 
 def page():
@@ -65,7 +77,11 @@ def page():
         detected=sum(detected for _, detected, _ in rows),
         trainable=sum(trainable for _, _, trainable in rows),
     )
-    text += "".join("| " + " | ".join(cells) + " |\n" for cells, _, _ in rows)
+    text += table(rows)
+    text += "\n## Other mixtures of experts\n\n"
+    text += "| model_type | family | detected | stored as | router | trains |\n"
+    text += "|---|---|---|---|---|---|\n"
+    text += table([row(name) for name in OTHERS])
     text += "\n## All family files\n\n| family | model types | notes |\n|---|---|---|\n"
     for family in load_families().values():
         kinds = ", ".join(f"`{kind}`" for kind in family.model_types) or "(names only)"

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import tiny_config
 from torch import nn
 
 from epctl.config import OptimSection
 from epctl.errors import ConfigError
+from epctl.runtime.build import meta_model
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.moe_blocks import swap_moe_blocks
 from epctl.runtime.parameter_groups import classify, count_split, parameter_groups, row_blocks
@@ -205,6 +207,39 @@ def test_rates_reach_both_groups_and_nothing_is_left_out() -> None:
         parameter.requires_grad_(False)
     trained = sum(p.requires_grad for p in model.parameters())
     assert sum(len(g["params"]) for g in parameter_groups(model, MUON)) == trained
+
+
+def swapped(model_type: str) -> nn.Module:
+    """A tiny model of another family with epctl's layers, on the meta device."""
+    config = tiny_config(model_type)
+    model = meta_model(config, torch.float32)
+    swap_moe_blocks(model, config, Mesh(0, 2, 2, 0), torch.float32)
+    return model
+
+
+def test_expert_biases_and_router_biases_are_on_adamw() -> None:
+    """They are [E, I]: matrices by shape, vectors by nature."""
+    found = {name: kind for name, (kind, _) in kinds(swapped("gpt_oss")).items()}
+    block = "model.layers.0.mlp"
+    muon = {name for name, kind in found.items() if kind == "muon" and name.startswith(block)}
+    stacks = {f"{block}.experts.{leaf}" for leaf in ("w1", "w3", "w2")}
+    assert muon == stacks | {f"{block}.router.weight"}
+    assert {f"{block}.experts.b1", f"{block}.router.bias"} <= found.keys() - muon
+
+
+def test_gate_and_up_of_granites_shared_experts_are_apart() -> None:
+    blocks = blocks_by_name(swapped("granitemoeshared"), MUON)
+    assert blocks["model.layers.0.shared_mlp.input_linear.weight"] == (40, 40)
+
+
+def test_correction_biases_that_are_parameters_are_not_trained() -> None:
+    """ERNIE and Trinity hold them as Parameters; no optimizer may touch them."""
+    for model_type in ("ernie4_5_moe", "afmoe", "laguna"):
+        model = swapped(model_type)
+        assert not any("bias" in name for name, _ in model.named_parameters() if ".mlp" in name)
+        buffers = {name: buffer for name, buffer in model.named_buffers() if "bias" in name}
+        assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
+        assert len(buffers) == sum(hasattr(m, "local_experts") for m in model.modules())
 
 
 def test_adamw_takes_everything_when_asked() -> None:
