@@ -111,6 +111,43 @@ def bench_muon(
 
 
 @bench_app.command(
+    name="multimodal-sp",
+    epilog=examples(
+        "epctl bench multimodal-sp",
+        "epctl bench multimodal-sp --workload 'one large image' --ranks 2 --ranks 4",
+        "epctl bench multimodal-sp --rounds 10 --json-file sp.json --png sp.png",
+    ),
+)
+def bench_multimodal_sp(
+    workload: Annotated[
+        list[str] | None, typer.Option(help="A sample by name; repeatable; default: all.")
+    ] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option(help="Ranks that share it; repeatable; default: 2, 4, 8.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
+    json_file: JsonFileOption = None,
+    png: PngOption = None,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Share one image-and-text sample over ranks, five ways; gradients are checked first."""
+    from epctl.bench.command import run_case
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_case(
+        "multimodal-sp",
+        workloads=workload or (),
+        ranks=ranks or (),
+        device=device,
+        rounds=rounds,
+        json_path=json_file,
+        png_path=png,
+    )
+
+
+@bench_app.command(
     name="convert",
     epilog=examples(
         "epctl bench convert --size-gb 1",

@@ -57,6 +57,10 @@ CASES: Mapping[str, Case] = {
         "orthogonalisation of matrix batches or of a whole model's, its peers and the floor",
         "epctl.bench.muon",
     ),
+    "multimodal-sp": Case(
+        "one vision-language sample over several ranks, five ways; every gradient is checked first",
+        "epctl.bench.multimodal_sp",
+    ),
     "convert": Case(
         "shard, merge and re-shard beside the disk's own copy rate, with peak memory",
         "epctl.bench.convert",

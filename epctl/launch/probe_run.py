@@ -73,7 +73,7 @@ class _Launch:
         self.reason = ""
         environment = rank_environment(Placement("cpu", NUM_RANKS, "probes"), os.environ) | {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(NUM_RANKS),
             "OMP_NUM_THREADS": "1",
             # Compiling Newton-Schulz takes a minute and a half and changes nothing that is probed.
@@ -152,7 +152,8 @@ class _Launch:
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

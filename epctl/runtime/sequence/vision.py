@@ -225,7 +225,10 @@ def _features_of(output: Any) -> Tensor:
 def _with_features(output: Any, features_LTD: Tensor, split: list[int]) -> Any:
     """Returns a tower output of the same kind that holds these features, one tensor an image."""
     fields: dict[str, Any] = {"pooler_output": torch.split(features_LTD[0], split)}
-    if getattr(output, "deepstack_features", None) is not None:
+    deep = getattr(output, "deepstack_features", None)
+    if deep is not None and all(isinstance(level, Tensor) for level in deep):
+        fields["deepstack_features"] = list(features_LTD[1:])  # before transformers 5.20
+    elif deep is not None:
         fields["deepstack_features"] = [torch.split(level, split) for level in features_LTD[1:]]
     return type(output)(**fields)
 

@@ -1,0 +1,191 @@
+"""`epctl bench multimodal-sp` as a case: ways of sharing a vision-language sample over ranks.
+
+Forward and backward of a tiny (CPU) or real-width (GPU) model, five samples, five ways to share the
+vision tower; the decoder is shared alike in all. Gradients are not averaged over ranks here: the
+engine does that in training, the same in every mode.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from epctl.bench.machine import machine_facts
+from epctl.bench.registry import Result
+from epctl.bench.report import cell
+from epctl.errors import ConfigError, ResourceError
+from epctl.launch.devices import count_gpus
+from epctl.output import out
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+NAMES = ("video, 64 frames", "one large image", "16 mixed images", "64 tiles", "8 images")
+MODES = ("replicate", "gcs", "ulysses", "units", "aligned")
+CPU_RANKS = 2
+
+COLUMNS = (
+    ("sample", "workload"),
+    ("mode", "mode"),
+    ("fwd+bwd\nms", "ms"),
+    ("speed-\nup", "speedup"),
+    ("tok/s\na rank", "tokens_per_second"),
+    ("tower\nMiB", "encoder_mib"),
+    ("total\nMiB", "total_mib"),
+    ("sent\nMiB", "moved_mib"),
+    ("tower\nwork", "vision_cost"),
+    ("worst\nerror", "gradient_error"),
+)
+
+
+def measure(
+    *,
+    workloads: Sequence[str] = (),
+    ranks: Sequence[int] = (),
+    device: str | None = None,
+    rounds: int = 3,
+) -> Result:
+    """Measures every sample in every mode, at each number of ranks, beside one rank alone.
+
+    Args:
+        workloads: names of `NAMES`; none is all.
+        ranks: numbers of ranks; none is 2 on CPU, and 2, 4 and 8 as far as there are GPUs.
+        device: `cuda` or `cpu`; None takes GPUs when there are two or more.
+        rounds: timed rounds; each measures every mode once.
+
+    Raises:
+        ConfigError: an unknown workload, or a number below one.
+        ResourceError: more ranks than GPUs.
+        GateError: a loss or gradient that is not the unsharded one; nothing is shown then.
+        LaunchError: a rank failed.
+    """
+    # Only here: a benchmark that cannot start should say so without torch.
+    from epctl.bench.multimodal_sp_launch import follow_ranks
+
+    unknown = [name for name in workloads if name not in NAMES]
+    if unknown:
+        raise ConfigError(f"workload {unknown[0]!r} is unknown; known: {', '.join(NAMES)}")
+    if rounds < 1 or any(size < 2 for size in ranks):
+        raise ConfigError("bench multimodal-sp needs at least one round, and two ranks to share")
+    chosen, sizes = _place(device, ranks)
+    settings = {
+        "device": chosen,
+        "sizes": sizes,
+        "rounds": rounds,
+        "workloads": list(workloads or NAMES),
+    }
+    result: Result = {
+        "machine": machine_facts(_gpu() if chosen == "cuda" else None),
+        "device": chosen,
+        "rounds": rounds,
+        "memory": "peak allocated" if chosen == "cuda" else "kept for backward",
+        "rows": [],
+        "absent": {},
+    }
+    with tempfile.TemporaryDirectory(prefix="epctl-bench-") as name:
+        for event in follow_ranks(Path(name), chosen, max(sizes), settings):
+            if "note" in event:
+                out.note(event["note"])
+            elif "absent" in event:
+                result["absent"][event["absent"]] = event["reason"]
+            else:
+                row = event["row"]
+                result["rows"].append(row | {"gradient_error": row["gate"]["gradient"]})
+    return result
+
+
+def _place(device: str | None, ranks: Sequence[int]) -> tuple[Literal["cpu", "cuda"], list[int]]:
+    """Decides where to measure and over how many ranks."""
+    if device not in (None, "cuda", "cpu"):
+        raise ConfigError(f"device {device!r} is unknown; known: cuda, cpu")
+    num_gpus, reason = count_gpus()
+    if device == "cpu" or (device is None and num_gpus < 2):
+        if device is None:
+            out.note(f"{num_gpus} GPUs ({reason}): {CPU_RANKS} gloo ranks on the CPU, small sizes")
+        return "cpu", sorted(set(ranks)) or [CPU_RANKS]
+    sizes = sorted(set(ranks)) or [size for size in (2, 4, 8) if size <= num_gpus]
+    if not sizes or max(sizes) > num_gpus:
+        raise ResourceError(
+            f"{max(sizes, default=2)} ranks need as many GPUs, this machine offers {num_gpus} "
+            f"({reason})",
+            hint="use `--device cpu` for the small sizes",
+        )
+    return "cuda", sizes
+
+
+def _gpu() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(0))
+
+
+def table(result: Result) -> Table:
+    """Returns the rows for a terminal; a rule between samples."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"Sharing a sample, {result['machine']['device']}; MiB: {result['memory']}"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for name, key in COLUMNS:
+        left = key in ("workload", "mode")
+        shown.add_column(name, justify="left" if left else "right", no_wrap=True)
+    last, place = None, 0
+    for row in result["rows"]:
+        if row["workload"] != last:
+            last, place = row["workload"], 0
+            shown.add_section()
+        # A sample takes the first cells of its rows.
+        facts = (row["workload"], row["model"], f"{row['patches']:,} patches")
+        shown.add_row(facts[place] if place < 3 else "", *(_cell(k, row) for _, k in COLUMNS[1:]))
+        place += 1
+    return shown
+
+
+def _cell(key: str, row: dict[str, Any]) -> str:
+    if key == "ms":
+        half_range = (row["ms"]["high"] - row["ms"]["low"]) / 2 / row["ms"]["median"]
+        return f"{row['ms']['median']:,.0f} ±{half_range:.0%}"
+    if key == "mode":
+        return f"{row[key]} x{row['ranks']}"
+    if key == "gradient_error":
+        return "-" if row["ranks"] == 1 else f"{row[key]:.0e}"
+    if key in ("speedup", "vision_cost"):
+        return f"{row[key]:.2f}x"
+    return cell(row[key])
+
+
+def draw(result: Result, figure: Figure) -> None:
+    """Draws speed-up over one rank and tower memory, a group of bars for each sample."""
+    most = max(row["ranks"] for row in result["rows"])
+    names = [name for name in NAMES if any(row["workload"] == name for row in result["rows"])]
+    figure.set_size_inches(12, 4.2)
+    panels = figure.subplots(1, 3)
+    titles = {
+        "speedup": f"speed-up of forward+backward, {most} ranks over one",
+        "encoder_mib": f"tower memory a rank, MiB {result['memory']}",
+        "moved_mib": "MiB a rank sends in forward and backward",
+    }
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for place, mode in enumerate(MODES):
+            values = [_value(result["rows"], name, mode, most, key) for name in names]
+            where = [n + 0.16 * (place - 2) for n in range(len(names))]
+            axes.bar(where, values, 0.16, label=mode)
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(range(len(names)), [textwrap.fill(n, 10) for n in names], fontsize=8)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].axhline(most, color="black", lw=0.8, ls=":")
+    panels[0].axhline(1, color="black", lw=0.8)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(
+        f"{result['machine']['device']}, {result['machine']['date']}; every gradient checked",
+        fontsize=10,
+    )
+
+
+def _value(rows: list[dict[str, Any]], name: str, mode: str, ranks: int, key: str) -> float:
+    found = [r for r in rows if (r["workload"], r["mode"], r["ranks"]) == (name, mode, ranks)]
+    return float(found[0][key]) if found else 0.0

@@ -1,0 +1,95 @@
+"""Starts the ranks of `epctl bench multimodal-sp` on this machine and follows what they write."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from epctl.errors import GateError, LaunchError
+from epctl.launch.command import rank_environment
+from epctl.launch.devices import Placement
+from epctl.launch.probe_run import free_port
+
+POLL_SECONDS = 0.2
+MODULE = "epctl.bench.multimodal_sp_ranks"
+
+
+def follow_ranks(
+    folder: Path, device: Literal["cpu", "cuda"], num_ranks: int, settings: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yields the ranks' events as they are written; no rank outlives the iteration.
+
+    Raises GateError for an event `red`, LaunchError with a failing rank's exit code.
+    """
+    ranks = _start(folder, device, num_ranks, settings)
+    position = 0
+    try:
+        while True:
+            codes = [rank.poll() for rank in ranks]
+            events, position = _new_events(folder / "events.jsonl", position)
+            for event in events:
+                if "red" in event:
+                    raise GateError(f"gate red: {event['red']}")
+                yield event
+            failed = next((r for r, code in enumerate(codes) if code not in (None, 0)), None)
+            if failed is not None:
+                raise LaunchError(
+                    f"rank {failed} ended with {codes[failed]}: {_last_line(folder, failed)}",
+                    exit_code=codes[failed] or 1,
+                )
+            if all(code == 0 for code in codes):
+                return
+            time.sleep(POLL_SECONDS)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+
+
+def _start(
+    folder: Path, device: Literal["cpu", "cuda"], num_ranks: int, settings: dict[str, Any]
+) -> list[subprocess.Popen[bytes]]:
+    environment = rank_environment(Placement(device, num_ranks, "bench"), os.environ) | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(num_ranks),
+    }
+    if device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
+    processes = []
+    for rank in range(num_ranks):
+        with (folder / f"rank-{rank}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(folder), json.dumps(settings)],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        processes.append(process)
+    return processes
+
+
+def _new_events(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+    if not path.exists():
+        return [], position
+    with path.open("rb") as file:
+        file.seek(position)
+        text = file.read()
+    complete = text[: text.rfind(b"\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()], position + len(complete)
+
+
+def _last_line(folder: Path, rank: int) -> str:
+    text = (folder / f"rank-{rank}.log").read_text("utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"

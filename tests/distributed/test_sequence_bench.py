@@ -1,0 +1,86 @@
+"""`epctl bench multimodal-sp` on two gloo ranks: gate, rows, what did not take part, a red gate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epctl.bench import multimodal_sp, multimodal_sp_launch
+from epctl.errors import ConfigError, GateError, ResourceError
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    names = ["one large image", "8 images"]
+    command = [sys.executable, "-m", "epctl", "bench", "multimodal-sp", "--device", "cpu"]
+    command += [word for name in names for word in ("--workload", name)]
+    command += ["--rounds", "1", "--json-file", str(folder / "sp.json")]
+    command += ["--png", str(folder / "sp.png")]
+    environment = {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "sp.json").read_text()), done.stdout, folder
+
+
+def rows_of(result: dict[str, Any], workload: str) -> dict[str, dict[str, Any]]:
+    return {row["mode"]: row for row in result["rows"] if row["workload"] == workload}
+
+
+def test_every_mode_is_gated_and_measured(result: tuple[dict[str, Any], str, Path]) -> None:
+    document, text, folder = result
+    assert [row["mode"] for row in document["rows"]] == 2 * ["whole", *multimodal_sp.MODES]
+    for row in document["rows"]:
+        assert row["gate"]["loss"] <= 1e-5
+        assert row["gate"]["gradient"] <= 1e-4
+        assert row["ms"]["median"] > 0
+    assert "one large image" in text
+    assert "aligned x2" in text
+    assert (folder / "sp.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_aligned_cuts_send_less_and_keep_half(result: tuple[dict[str, Any], str, Path]) -> None:
+    """One image of windows: a quarter of the layers talk, and each rank keeps half of the rows."""
+    rows = rows_of(result[0], "one large image")
+    assert rows["aligned"]["vision_cost"] < 1.1 < rows["units"]["vision_cost"]
+    assert rows["replicate"]["vision_cost"] == 2.0
+    assert 1.1 < rows["gcs"]["vision_cost"] < 2.0
+    assert rows["aligned"]["moved_mib"] < 0.5 * rows["ulysses"]["moved_mib"]
+    assert rows["aligned"]["encoder_mib"] < 0.55 * rows["whole"]["encoder_mib"]
+    assert rows["gcs"]["encoder_mib"] > 1.2 * rows["aligned"]["encoder_mib"]
+
+
+def test_deepspeed_is_shown_with_its_error_and_gets_no_number(
+    result: tuple[dict[str, Any], str, Path],
+) -> None:
+    absent = result[0]["absent"]
+    llava = absent["DeepSpeed's auto_wrap_model_for_sp on LLaVA-1.5"]
+    assert llava.startswith("gate red: ")
+    assert "gradients are off, the worst by" in llava
+    qwen = absent["DeepSpeed's auto_wrap_model_for_sp on Qwen2.5-VL"]
+    assert "no recognisable attention modules" in qwen
+
+
+def test_a_severed_gradient_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multimodal_sp_launch, "MODULE", "broken_bench_ranks")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with pytest.raises(GateError, match=r"8 images, .*, 2 ranks: .*gradient 1\.0"):
+        multimodal_sp.measure(workloads=["8 images"], device="cpu", rounds=1)
+
+
+def test_wrong_requests_are_refused_before_a_rank_starts() -> None:
+    with pytest.raises(ConfigError, match="workload 'films' is unknown"):
+        multimodal_sp.measure(workloads=["films"])
+    with pytest.raises(ConfigError, match="two ranks"):
+        multimodal_sp.measure(ranks=[1], device="cpu")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "") == "":
+        with pytest.raises(ResourceError, match="this machine offers 0"):
+            multimodal_sp.measure(device="cuda")
