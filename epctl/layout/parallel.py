@@ -34,8 +34,9 @@ def sequence_sizes(
 ) -> tuple[SequenceParallelSize, ...]:
     """Returns each size of SEQUENCE_SIZES with its verdict.
 
-    Legal means that heads can be dealt out by all-to-all: query heads divide evenly, and key/value
-    heads divide or repeat. `refusals` rule out every size above 1.
+    Any number of heads can be shared (epctl/runtime/sequence/heads.py): they are dealt out by
+    all-to-all, unevenly where they do not divide, or keys and values are gathered. The reason says
+    which. `refusals` rule out every size above 1.
     """
     if decoder is None and vision is None:
         return ()
@@ -57,32 +58,22 @@ def _verdict(
             continue
         if attention.num_heads is None:
             problems.append(f"the number of heads of the {name} is not known")
-        elif attention.num_heads % size:
-            uneven = (
-                f"{attention.num_heads} query heads of the {name} % {size} = "
-                f"{attention.num_heads % size}"
-            )
-            if attention is vision and decoder is not None:
-                notes.append(f"{uneven}: whole images are dealt out instead")
-            else:
-                problems.append(f"{uneven}, not 0")
         else:
-            problem, note = _key_value_heads(name, attention, size)
-            problems += [problem] if problem else []
-            notes += [note] if note else []
+            notes.append(_how_shared(name, attention, size))
     return SequenceParallelSize(size, not problems, "; ".join(problems or notes))
 
 
-def _key_value_heads(
-    name: str, attention: AttentionLayout, size: int
-) -> tuple[str | None, str | None]:
+def _how_shared(name: str, attention: AttentionLayout, size: int) -> str:
+    """Returns how the heads of one part are shared by `size` ranks."""
     heads, kv_heads = attention.num_heads or 1, attention.num_kv_heads or attention.num_heads or 1
+    if heads < size:
+        return f"{heads} query heads of the {name}: keys and values are gathered on each rank"
+    if heads % size:
+        return (
+            f"{heads} query heads of the {name}: {heads // size} or {heads // size + 1} a rank, or "
+            "keys and values gathered, whichever moves less"
+        )
     each = f"{heads // size} of {heads} query heads a rank in the {name}"
     if kv_heads % size == 0:
-        return None, each
-    if size % kv_heads == 0:
-        return None, f"{each}, {kv_heads} key/value heads repeated {size // kv_heads} times"
-    return (
-        f"{kv_heads} key/value heads of the {name} and {size} ranks: neither divides the other",
-        None,
-    )
+        return each
+    return f"{each}, key/value heads go to each rank that uses them ({kv_heads})"
