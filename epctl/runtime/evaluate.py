@@ -19,7 +19,8 @@ from epctl.runtime.data_batch import Batch
 def held_out_loss(engine: Any, batches: Iterable[Batch], sp_size: int = 1) -> float:
     """Returns the mean loss over all targets of every rank's batches, float64 sums.
 
-    `sp_size` ranks hold the same batch and give a share of its loss each. NaN if there is no target at all: zero would look like a perfect model.
+    `sp_size` ranks hold the same batch and give a share of its loss each. NaN if there is no
+    target at all: zero would look like a perfect model.
     """
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)

@@ -54,4 +54,6 @@ def num_steps(train: TrainSection, mesh: Mesh, num_train_rows: int | None) -> in
             "`train.epochs` counts passes over given data; the embedded text is drawn without end",
             hint="use `--steps` or `--tokens`, or give `--data`",
         )
-    return max(1, math.ceil(train.epochs * num_train_rows / rows_per_step(train, mesh.num_data_ranks)))
+    return max(
+        1, math.ceil(train.epochs * num_train_rows / rows_per_step(train, mesh.num_data_ranks))
+    )
