@@ -3,7 +3,8 @@
     EPCTL_FAULT="POINT RANK|all ACTION [COUNT]", several joined by `;`
 
 POINT has its blanks written as `-`; ACTION is kill, term (SIGTERM), raise, full (no space left),
-stall or nan; COUNT says at which time of passing (1). Without the variable nothing here costs anything.
+stall or nan; COUNT says at which time of passing (1). Without the variable nothing here costs
+anything.
 """
 
 from __future__ import annotations
