@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from recorded_runs import Recorded, recorded_blocks, recorded_runs
+from recorded_runs import Recorded, recorded_blocks, recorded_runs, recorded_speeds
 
 from epctl.launch.cost_rates import DEFAULT_SOURCES
 from epctl.launch.memory import CONTEXT_BYTES, FRAGMENTATION
@@ -62,7 +62,7 @@ A rank's memory is a sum of terms, each with a formula and the moments at which 
 backward at the last layer, backward at the first, the optimizer step. The peak is the largest of
 the four sums; it stands for what torch's allocator reports. Whether a GPU holds it is decided with
 {fragmentation:.0%} fragmentation and {context:.0f} GiB of context on top, which are assumptions.
-The terms describe epctl's runtime on DeepSeek 0.19.8's engine as it is:
+The terms describe epctl's runtime on DeepSpeed 0.19.8 as it is:
 
 - Dense Parameters are cut over all ranks, experts over the ranks that hold the same ones (edp).
 - ZeRO-3 keeps a float32 gradient buffer for good, ZeRO-2 only while gradients exist: so the *peak*
@@ -75,8 +75,7 @@ The terms describe epctl's runtime on DeepSeek 0.19.8's engine as it is:
   a token (4.5 at EP=8 with Moonlight's routing).
 - The router keeps a float32 copy of its tokens for backward, 4 D bytes a token.
 - Speed is arithmetic over rates, for ranking; nothing in it is fitted to a run. Launch gaps,
-  stragglers and the mask of packed documents in attention are not in it: the 4-layer run below took
-  0.45 s a step at ZeRO-3.
+  stragglers and the mask of packed documents in attention are not in it, so it is too fast.
 
 Vision models: half of a sequence's tokens are image tokens unless `--patches` says otherwise, at
 most 65,536 patches.
@@ -105,7 +104,7 @@ def page() -> str:
     """Returns docs/plan.md."""
     intro = INTRO.format(fragmentation=FRAGMENTATION, context=CONTEXT_BYTES / 2**30)
     rates = "\n".join(f"- {name}: {text}" for name, text in DEFAULT_SOURCES.items())
-    parts = [intro.replace("DeepSeek 0.19.8's engine", "DeepSpeed 0.19.8") + rates + "\n"]
+    parts = [intro + rates + "\n"]
     parts.append("\n".join(_measured()))
     parts.append("\n".join(_answers()))
     return "\n".join(parts)
@@ -119,6 +118,13 @@ def _measured() -> Iterator[str]:
     yield "|---|---|---|---|---|"
     yield from (_row(found) for found in (*recorded_runs(), *recorded_blocks()))
     yield MEASURED
+    speeds = [
+        f"{found.what}: {found.measured:.3f} s a step measured, {found.predicted:.3f} predicted "
+        f"({found.error:+.0%})"
+        for found in recorded_speeds()
+    ]
+    yield "Speed, with the documented rates of an H100, on those H200:\n"
+    yield "\n".join(f"- {line}" for line in speeds) + "\n"
 
 
 def _row(found: Recorded) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from epctl.config import resolve_config
-from epctl.launch.memory import Prediction, predict
+from epctl.launch.cost import step_cost
+from epctl.launch.cost_rates import Rates
+from epctl.launch.memory import predict
 from epctl.launch.memory_activations import moe_block_bytes
-from epctl.launch.memory_settings import rank_plan
+from epctl.launch.memory_settings import RankPlan, rank_plan
 from epctl.launch.memory_shape import ModelShape, model_shape
 from epctl.layout.catalog import catalog_source
 from epctl.layout.detect import detect
@@ -54,18 +56,27 @@ def cut_shape(model: str, num_layers: int) -> tuple[ModelShape, Any]:
     return model_shape(detect(cut), config), config
 
 
-def predict_run(run: dict[str, Any]) -> tuple[ModelShape, Prediction]:
+def plan_of(run: dict[str, Any]) -> tuple[ModelShape, RankPlan]:
     shape, _ = cut_shape(run["model"], run["num_layers"])
     settings = {"model.reference": run["model"], **run["settings"]}
     plan = rank_plan(resolve_config(flags=settings).config, run["num_ranks"], "cuda")
     if run["logits"] == "whole":  # before the loss was made in blocks
         plan = dataclasses.replace(plan, logits_bytes=math.inf)
-    return shape, predict(shape, plan)
+    return shape, plan
+
+
+def recorded_speeds() -> Iterator[Recorded]:
+    """Yields seconds a step, measured and predicted with the documented rates."""
+    for run in document()["runs"]:
+        if "seconds_per_step" in run:
+            cost = step_cost(*plan_of(run), Rates(), run["num_ranks"])
+            yield Recorded(run["what"], run["note"], run["seconds_per_step"], cost.seconds)
 
 
 def recorded_runs() -> Iterator[Recorded]:
     for run in document()["runs"]:
-        shape, prediction = predict_run(run)
+        shape, plan = plan_of(run)
+        prediction = predict(shape, plan)
         assert shape.num_parameters == run["num_parameters"]
         what = f"{run['what']}, {run['machine']}, {run['num_layers']} layers"
         yield Recorded(what, run["note"], run["peak_gib"] * 2**30, prediction.peak_bytes)
