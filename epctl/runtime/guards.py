@@ -130,7 +130,7 @@ class StepGuard:
 
         Raises GateError on every rank.
         """
-        bad = self._first_bad_gradient()
+        bad = self._last_bad_gradient()
         mine = torch.stack([loss_sum.to(torch.float64), torch.tensor(float(bad)).to(loss_sum)])
         if reached("loss"):
             mine[0] = math.nan
@@ -141,15 +141,18 @@ class StepGuard:
             self._require_finite(reports)
         return self._skips(sum(loss for loss, _ in reports) / num_micro_batches)
 
-    def _first_bad_gradient(self) -> int:
+    def _last_bad_gradient(self) -> int:
+        """Returns the bad value nearest to the loss, where it began; -1 if all are finite."""
         if self._watch is None:
             return -1
         values = self._watch.take()
         bad = torch.nonzero(~torch.isfinite(values))
-        return int(bad[0]) if len(bad) else -1
+        return int(bad[-1]) if len(bad) else -1
 
     def _require_finite(self, reports: list[list[float]]) -> None:
-        rank = next((r for r, (loss, bad) in enumerate(reports) if bad >= 0), None)
+        # A bad gradient spreads backward, and to other ranks with the tokens of their experts.
+        nearest = max(bad for _, bad in reports)
+        rank = next((r for r, (_, bad) in enumerate(reports) if bad == nearest >= 0), None)
         what: list[str | None] = [None]
         if rank is not None and rank == dist.get_rank():
             assert self._watch is not None

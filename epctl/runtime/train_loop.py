@@ -175,8 +175,9 @@ class TrainLoop:
     def _held_out_batches(self) -> Iterator[Batch]:
         count = self.config.train.eval_batches
         for batch in self._micro_batches(self.data.held_out_batch, 0, count):
-            self.enter("evaluation")
+            self.enter("evaluation data")
             reached("eval")
+            self.enter("evaluation")
             yield batch
             if self._any_rank(self.stop.number is not None)[0]:
                 raise RunStopped(self.step)

@@ -104,10 +104,13 @@ class Watchdog:
         if behind is None:
             behind = {"rank": self._rank, **vars(self._place)}
         seconds = time.time() - behind["since"]
+        level = len(places) > 1 and all(p["count"] == behind["count"] for p in places)
+        who = "no rank is behind: all" if level else f"rank {behind['rank']}"
+        others = "" if level else "; the others wait for it"
         log = self._folder / f"rank-{behind['rank']}.log"
         return LaunchError(
-            f"rank {behind['rank']} stalled in step {behind['step']}, phase `{behind['phase']}`, "
-            f"for {seconds:.0f} s (limit {self._limit:.0f} s); the others wait for it",
+            f"{who} stalled in step {behind['step']}, phase `{behind['phase']}`, "
+            f"for {seconds:.0f} s (limit {self._limit:.0f} s){others}",
             exit_code=EXIT_CODE,
             hint=f"stacks of every rank that could write them are in `{log.parent}/rank-*.log`; "
             "`guards.stall_minutes` is the limit",
