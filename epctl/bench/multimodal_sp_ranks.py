@@ -214,7 +214,7 @@ class Bench:
             self.write(row=row)
 
     def _runs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[tuple[int, str], Run]:
-        """Returns a step of the unsharded model on rank 0, and of every mode on its ranks."""
+        """Returns a step of one rank alone, and of every mode on its ranks."""
         runs: dict[tuple[int, str], Run] = {(1, "whole"): partial(self._whole, model, inputs)}
         for size in self.groups:
             for mode in MODES:
@@ -222,8 +222,10 @@ class Bench:
         return runs
 
     def _whole(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        """One rank alone, by the same attention functions: the kernels of all rows are alike."""
         if self.rank == 0:
-            model(**inputs, use_cache=False).loss.backward()
+            with sharded(model, SequenceGroup(), "aligned"):
+                model(**inputs).loss.backward()
             model.zero_grad(set_to_none=True)
 
     def _sharded(self, model: nn.Module, inputs: dict[str, Tensor], size: int, mode: Mode) -> None:
@@ -251,7 +253,8 @@ class Bench:
         facts = {"encoder_mib": 0.0, "total_mib": 0.0, "moved_mib": 0.0, "vision_cost": 1.0}
         if self.rank < size:
             if size == 1:
-                facts |= self._memory(model, lambda: _loss(model(**inputs, use_cache=False)))
+                with sharded(model, SequenceGroup(), "aligned"):
+                    facts |= self._memory(model, lambda: _loss(model(**inputs)))
             else:
                 group = self.groups[size]
                 group.traffic.num_bytes = 0

@@ -283,6 +283,12 @@ def _frozen_row(event: Event) -> list[tuple[str, str]]:
     return [("frozen", f"{count} parameters (trained: {event['trained']}), no optimizer state")]
 
 
+def _sequence(event: Event) -> str:
+    """Returns how many ranks share a sample, nothing for one."""
+    size = event.get("sp", 1)
+    return f"sp {size}, " if size > 1 else ""
+
+
 def _plan_rows(event: Event) -> list[tuple[str, str]]:
     bytes_total = (
         event["bytes_parameters"] + event["bytes_masters"] + event["bytes_optimizer_state"]
@@ -297,7 +303,8 @@ def _plan_rows(event: Event) -> list[tuple[str, str]]:
         (
             "parallel",
             f"{event['num_ranks']} {event['device']} ranks ({event['backend']}), "
-            f"ep {event['ep']} x edp {event['edp']}, ZeRO-{event['zero']}, {event['dtype']}",
+            f"ep {event['ep']} x edp {event['edp']}, {_sequence(event)}ZeRO-{event['zero']}, "
+            f"{event['dtype']}",
         ),
         ("parameters", f"{format_count(event['num_parameters'])} in all"),
         (

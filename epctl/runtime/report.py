@@ -50,6 +50,7 @@ def plan_of(
         "num_ranks": mesh.num_ranks,
         "ep": mesh.ep_size,
         "edp": mesh.edp_size,
+        "sp": mesh.sp_size,
         "zero": config.parallel.zero,
         "device": engine.device.type,
         "backend": dist.get_backend(),

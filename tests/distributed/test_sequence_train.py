@@ -45,6 +45,7 @@ def test_a_run_with_shared_samples_is_the_same_run(tmp_path: Path) -> None:
     records = [{"text": f"note {n}: " + "ab " * (n % 7 + 3)} for n in range(120)]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     runs = [trained(tmp_path / f"sp{sp}", sp, "--data", str(data)) for sp in (1, 2)]
+    assert [next(e["sp"] for e in run if e["event"] == "plan") for run in runs] == [1, 2]
     whole, shared = ([e for e in run if e["event"] in ("step", "eval")] for run in runs)
     assert [e["event"] for e in whole] == ["eval", "step", "step", "step", "eval"]
     for one, two in zip(whole, shared, strict=True):
