@@ -131,8 +131,8 @@ def gate_backward(
         if FORM == PRODUCT:
             sigmoid = tl.sigmoid(gate)
             silu = gate * sigmoid
-            hidden = silu * up
             sums = tl.sum(da * silu * up, 1)
+            hidden = silu * up
         else:
             hidden, by_gate, by_up = clamped_gate(gate, up, FORM, LIMIT, ALPHA)
             sums = tl.sum(da * hidden, 1)
@@ -151,12 +151,11 @@ def gate_backward(
             TMA_STORE,
         )
         da = da * weight[:, None]
-        if FORM == PRODUCT:
+        # Branches, since by_gate and by_up do not exist in the other one.
+        if FORM == PRODUCT:  # noqa: SIM108
             dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
-            dup = da * silu
         else:
             dgate = da * by_gate
-            dup = da * by_up
         # H gives way to its own gradient. Whoever writes an element may not be who read it above.
         tl.debug_barrier()
         store_tile(
@@ -173,12 +172,17 @@ def gate_backward(
             WIDTH,
             TMA_STORE,
         )
+        upper = column + INTERMEDIATE
+        if FORM == PRODUCT:  # noqa: SIM108
+            dup = da * silu
+        else:
+            dup = da * by_up
         store_tile(
             h,
             h_ptr,
             row,
             lane,
-            column + INTERMEDIATE,
+            upper,
             dup,
             row_end,
             2 * INTERMEDIATE,

@@ -59,7 +59,8 @@ def moe_layout(model: nn.Module, config: Any) -> MoELayout:
 def count_experts(model: nn.Module, config: Any) -> int:
     """Returns the routed experts of a layer, 0 for a model without; raises as `moe_layout`."""
     layout = live_layout(model, config)
-    return 0 if layout.moe is None else moe_layout(model, config).num_experts
+    layout.require_trainable()
+    return 0 if layout.moe is None else layout.moe.num_experts
 
 
 def swap_moe_blocks(model: nn.Module, config: Any, mesh: Mesh, dtype: torch.dtype) -> int:
