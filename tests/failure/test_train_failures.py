@@ -110,7 +110,10 @@ def test_sigterm_stops_every_rank_with_143(endless: Run) -> None:
     endless.process.send_signal(signal.SIGTERM)
     code, _, stderr = endless.finish()
     assert code == 143
-    assert "error: terminated (SIGTERM)" in stderr
+    assert "error: terminated (SIGTERM) after step " in stderr
+    (saved,) = (endless.folder / "checkpoints").glob("step-*")
+    hint = f"hint: `epctl train --resume {endless.folder}` goes on from `{saved}`"
+    assert hint in stderr
     assert_nothing_left(endless, ranks)
 
 
