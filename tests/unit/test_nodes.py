@@ -205,7 +205,8 @@ else
   if [ -e "$run" ]; then mv "$run" "$run.before-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"; fi
   where=(--output "$run")
 fi
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*}
 port=$((29500 + SLURM_JOB_ID % 1000))
 export EPCTL_RENDEZVOUS="$head:$port"
 
