@@ -155,7 +155,7 @@ def layer_bytes(shape: ModelShape, plan: RankPlan, *, is_moe: bool) -> LayerByte
         peak = max(flow, 3 * tokens * shape.dense_intermediate * width + weights)
         return LayerBytes(attention, norm + block, residual + peak)
     moe, received = _moe_of(shape, plan)
-    router = tokens * (hidden * 4 + shape.num_experts * 8)
+    router = tokens * shape.num_experts * 8  # the tokens themselves are kept by the norm
     shared = tokens * mlp_token_bytes(shape.shared_intermediate, width)
     dispatch = 0.0
     backward = moe.backward_extra

@@ -185,6 +185,7 @@ def train_step(
         enter(f"backward {number + 1}")
         engine.backward(result.loss)
         total += result.loss.detach().double()
+        del result  # or its logits would live through the next forward
         if config.parallel.zero == 0 and engine.is_gradient_accumulation_boundary():
             # DeepSpeed's own Muon runs unclipped at every stage: ds_config.py.
             own = config.optim.name != "deepspeed-muon"

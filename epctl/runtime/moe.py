@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from epctl.kernels import ExpertBiases, moe_mlp, route
+from epctl.kernels import ExpertBiases, moe_mlp, route, router_logits
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.dispatch import combine, dispatch
 from epctl.runtime.mesh import Mesh
@@ -55,9 +54,9 @@ class Router(nn.Module):
             return self._route(x, correction_bias_E)
 
     def _route(self, x: Tensor, correction_bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD = x.reshape(-1, x.shape[-1]).float()
-        bias_E = None if self.bias is None else self.bias.float()
-        logits_TE = F.linear(x_TD, self.weight.float(), bias_E)
+        logits_TE = router_logits(x.reshape(-1, x.shape[-1]), self.weight)
+        if self.bias is not None:
+            logits_TE = logits_TE + self.bias.float()
         if self.rule.logit_cap:
             logits_TE = torch.tanh(logits_TE / self.rule.logit_cap) * self.rule.logit_cap
         if correction_bias_E is None:
