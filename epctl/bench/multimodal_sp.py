@@ -83,6 +83,7 @@ def measure(
         "device": chosen,
         "rounds": rounds,
         "memory": "peak allocated" if chosen == "cuda" else "kept for backward",
+        "speedup_of": "time" if chosen == "cuda" else "processor time of the slowest rank",
         "rows": [],
         "absent": {},
     }
@@ -128,7 +129,8 @@ def table(result: Result) -> Table:
     from rich import box
     from rich.table import Table
 
-    title = f"Sharing a sample, {result['machine']['device']}; MiB: {result['memory']}"
+    title = f"Sharing a sample, {result['machine']['device']}; MiB: {result['memory']};\n"
+    title += f"speed-up over one rank: {result['speedup_of']}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name, key in COLUMNS:
         left = key in ("workload", "mode")
@@ -165,7 +167,7 @@ def draw(result: Result, figure: Figure) -> None:
     figure.set_size_inches(12, 4.2)
     panels = figure.subplots(1, 3)
     titles = {
-        "speedup": f"speed-up of forward+backward, {most} ranks over one",
+        "speedup": f"{most} ranks over one: {result['speedup_of']}",
         "encoder_mib": f"tower memory a rank, MiB {result['memory']}",
         "moved_mib": "MiB a rank sends in forward and backward",
     }
@@ -179,7 +181,7 @@ def draw(result: Result, figure: Figure) -> None:
         axes.grid(axis="y", alpha=0.3)
     panels[0].axhline(most, color="black", lw=0.8, ls=":")
     panels[0].axhline(1, color="black", lw=0.8)
-    panels[0].legend(fontsize=8)
+    panels[2].legend(fontsize=8)
     figure.suptitle(
         f"{result['machine']['device']}, {result['machine']['date']}; every gradient checked",
         fontsize=10,

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -56,6 +57,8 @@ class Bench:
         on_gpu = settings["device"] == "cuda"
         self.device = torch.device("cuda", self.rank) if on_gpu else torch.device("cpu")
         self.groups = {size: self._group(size) for size in settings["sizes"]}
+        self._measured = ""
+        self._processor: dict[str, list[float]] = {}
 
     def _group(self, size: int) -> SequenceGroup:
         group = dist.new_group(range(size))
@@ -184,6 +187,7 @@ class Bench:
         model = build_model(config, self.device, dtype)
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
         rounds = self.settings["rounds"]
+        self._processor = {}
         self.write(note=f"{workload.name} ({workload.family}): {rounds} rounds")
         runs = self._runs(model, inputs)
         facts = {key: self._facts(model, inputs, *key) for key in runs}
@@ -193,8 +197,11 @@ class Bench:
             warm_up=STEPS_BEFORE,
             lead_in=False,
             clock=self._clock,
+            before=self._begin,
         )
-        whole = spread(samples["1 whole"]).median
+        # A CPU may be shared with others: there the work is compared, not the waiting.
+        compared = samples if on_gpu else self._processor
+        whole = spread(compared["1 whole"]).median
         num_tokens = inputs["input_ids"].numel()
         for size, mode in runs:
             seconds = spread(samples[f"{size} {mode}"])
@@ -207,7 +214,8 @@ class Bench:
                 "tokens": num_tokens,
                 "ms": {key: 1e3 * value for key, value in seconds._asdict().items()},
                 "tokens_per_second": num_tokens / seconds.median / size,
-                "speedup": whole / seconds.median,
+                "processor_ms": 1e3 * spread(self._processor[f"{size} {mode}"]).median,
+                "speedup": whole / spread(compared[f"{size} {mode}"]).median,
                 **facts[size, mode],
                 "gate": errors.get((size, mode), {"loss": 0.0, "gradient": 0.0}),
             }
@@ -234,8 +242,11 @@ class Bench:
                 model(**inputs).loss.backward()
             model.zero_grad(set_to_none=True)
 
+    def _begin(self, name: str) -> None:
+        self._measured = name
+
     def _clock(self, run: Run) -> float:
-        """Seconds until the slowest rank is done."""
+        """Seconds until the slowest rank is done; the most processor time of a rank is kept."""
 
         def together() -> None:
             run()
@@ -244,7 +255,12 @@ class Bench:
             dist.barrier()
 
         dist.barrier()
-        return wall_clock(together)
+        before = time.process_time()
+        seconds = wall_clock(together)
+        used = torch.tensor(time.process_time() - before, device=self.device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        self._processor.setdefault(self._measured, []).append(float(used))
+        return seconds
 
     def _facts(
         self, model: nn.Module, inputs: dict[str, Tensor], size: int, mode: Any
