@@ -28,6 +28,8 @@ CHECKPOINTING = ("none", "attention", "moe", "full")
 # Shorter sequences are not worth an exchange in every layer.
 SHORTEST_CUT_SEQUENCE = 16_384
 LARGEST_MICRO_BATCH = 64
+# A prediction may be off, and routing shifts while a model trains: this share is left alone.
+HEADROOM = 0.05
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Request:
     rates: Rates = field(default_factory=Rates)
     imbalance: float = 1.0
     patches: int = 0
+
+    @property
+    def usable_bytes(self) -> float:
+        """Returns what a plan may need of a GPU's (or a CPU rank's) memory."""
+        return (1 - HEADROOM) * self.memory_bytes
 
     @property
     def ranks_per_node(self) -> int:
@@ -273,9 +280,9 @@ def _option(request: Request, config: RunConfig) -> Option:
 
 
 def _too_large(request: Request, option: Option) -> str | None:
-    if option.needed_bytes > request.memory_bytes:
+    if option.needed_bytes > request.usable_bytes:
         where = "a GPU has" if request.device == "cuda" else "the host has for a rank"
-        return f"needs more memory than {where}"
+        return f"needs more memory than {where} ({HEADROOM:.0%} left free)"
     on_host = option.prediction.host_bytes * request.ranks_per_node
     if request.host_bytes is not None and option.plan.offload and on_host > request.host_bytes:
         return "needs more host memory than a node has"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from epctl.launch.planner import Answer, Option, Request, plan
+from epctl.launch.planner import HEADROOM, Answer, Option, Request, plan
 
 LARGEST_JOB = 16_384
 SHORTEST_SEQUENCE = 512
@@ -29,7 +29,7 @@ def smallest_changes(request: Request, answer: Answer) -> list[Change]:
 def _more_memory(request: Request, answer: Answer) -> Change | None:
     if answer.leanest is None:
         return None
-    needed = answer.leanest.needed_bytes
+    needed = answer.leanest.needed_bytes / (1 - HEADROOM)
     return Change(
         f"{-(-needed // 2**30):.0f} GiB a {_unit(request)}",
         needed / request.memory_bytes,

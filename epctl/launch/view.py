@@ -229,7 +229,7 @@ def data_line(event: Event) -> str:
     dataset = f"{event['dataset']}, " if event.get("dataset") else ""
     return (
         f"data: {dataset}{event['documents']:,} documents ({event['format']}), "
-        f"{format_count(event['tokens'])} tokens, {event['targets'] / event['tokens']:.0%} of them "
+        f"{format_count(event['tokens'])} tokens, {event['targets'] / max(1, event['tokens']):.0%} of them "
         f"targets, {event['rows']:,} sequences and {event['held_out_rows']:,} held out"
     )
 

@@ -48,7 +48,7 @@ parallel size fit, which is predicted to be fastest, and the `epctl train` line 
 prints every term with its formula, the time a step goes to and where each rate is from;
 `--sweep gpus` goes from 1 to 16,384 GPUs; `--png` draws; `--json` has all of it. What a flag or
 `--set` states is kept; the rest is enumerated. When nothing fits the exit code is 6 and the hint is
-the smallest single change after which something does.
+the smallest single change after which something does. Of a GPU's memory 5 % are left alone.
 
 `epctl train` without `--ep` or `--zero` takes the first answer for the GPUs it finds (on CPU, for
 the host's free memory: there only those two are chosen) and says so; `--dry-run` shows such values

@@ -68,7 +68,7 @@ def test_every_option_is_legal_fits_and_keeps_the_tokens(
     request, found = answer(model, gpus, gibibytes, tokens_per_step=tokens)
     for option in found.options[:20]:
         require_legal(option.config, gpus, "cuda", request.limits)
-        assert option.needed_bytes <= request.memory_bytes
+        assert option.needed_bytes <= 0.95 * request.memory_bytes
         if tokens is not None:
             assert option.plan.tokens_per_step == tokens
     speeds = [round(option.speed, 1) for option in found.options]
