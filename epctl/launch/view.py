@@ -227,9 +227,10 @@ def facts(event: Event) -> str:
 def data_line(event: Event) -> str:
     """Returns what the data came to."""
     dataset = f"{event['dataset']}, " if event.get("dataset") else ""
+    share = event["targets"] / max(1, event["tokens"])
     return (
         f"data: {dataset}{event['documents']:,} documents ({event['format']}), "
-        f"{format_count(event['tokens'])} tokens, {event['targets'] / max(1, event['tokens']):.0%} of them "
+        f"{format_count(event['tokens'])} tokens, {share:.0%} of them "
         f"targets, {event['rows']:,} sequences and {event['held_out_rows']:,} held out"
     )
 
