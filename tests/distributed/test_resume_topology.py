@@ -21,6 +21,9 @@ from epctl.runtime.checkpoint_reader import StateReader
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 
+Layout = tuple[int, int, int, str]
+Pair = tuple[str, int, int, int]
+
 # name: (ranks, ep, ZeRO stage, optimizer)
 SOURCES = {
     "a": (1, 1, 0, "muon"),
@@ -52,10 +55,9 @@ PAIRS = [
     ("g", 2, 2, 3),
     ("g", 1, 1, 2),
 ]
-SIZES = (1, 2, 4)
 
 
-def pair_name(pair: tuple[str, int, int, int]) -> str:
+def pair_name(pair: Pair) -> str:
     source, num_ranks, ep, zero = pair
     return f"{source}-to-{num_ranks}ranks-ep{ep}-zero{zero}"
 
@@ -63,30 +65,39 @@ def pair_name(pair: tuple[str, int, int, int]) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("topology")
+    run_layouts(folder, SOURCES, PAIRS)
+    return folder
+
+
+def run_layouts(
+    folder: Path, sources: dict[str, Layout], pairs: list[Pair], **options: Any
+) -> None:
+    """Runs every source, then every pair, one process tree a number of ranks."""
     model = write_tiny_moonlight(folder / "model", dtype=torch.float32)
     (model / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
-    phases = []
-    for size in SIZES:
-        cases = [
-            {"name": name, "model": str(model), "ep": ep, "zero": zero, "optim": optim}
-            for name, (ranks, ep, zero, optim) in SOURCES.items()
-            if ranks == size
-        ]
-        phases.append({"num_ranks": size, "cases": cases})
-    for size in SIZES:
-        cases = [
+    cases = [
+        (ranks, {"name": name, "ep": ep, "zero": zero, "optim": optim})
+        for name, (ranks, ep, zero, optim) in sources.items()
+    ]
+    later = [
+        (
+            ranks,
             {
-                "name": pair_name(pair),
-                "model": str(model),
-                "ep": pair[2],
-                "zero": pair[3],
-                "optim": SOURCES[pair[0]][3],
-                "from": pair[0],
-            }
-            for pair in PAIRS
-            if pair[1] == size
-        ]
-        phases.append({"num_ranks": size, "cases": cases})
+                "name": pair_name((source, ranks, ep, zero)),
+                "ep": ep,
+                "zero": zero,
+                "optim": sources[source][3],
+                "from": source,
+            },
+        )
+        for source, ranks, ep, zero in pairs
+    ]
+    phases = [
+        {"num_ranks": size, "cases": [{"model": str(model), **case, **options} for case in mine]}
+        for group in (cases, later)
+        for size in sorted({ranks for ranks, _ in group})
+        if (mine := [case for ranks, case in group if ranks == size])
+    ]
     result = subprocess.run(
         [sys.executable, "-m", "topology_ranks", str(folder), json.dumps(phases)],
         env=rank_environment(),
@@ -95,7 +106,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     logs = "".join(path.read_text()[-2000:] for path in folder.glob("rank-*.log"))
     assert result.returncode == 0, result.stderr[-2000:] + logs
-    return folder
 
 
 def outcome(folder: Path, name: str) -> dict[str, Any]:
@@ -104,9 +114,11 @@ def outcome(folder: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=pair_name)
-def test_the_next_three_losses_are_those_of_the_run_it_was(
-    folder: Path, pair: tuple[str, int, int, int]
-) -> None:
+def test_the_next_three_losses_are_those_of_the_run_it_was(folder: Path, pair: Pair) -> None:
+    assert_losses_go_on(folder, pair)
+
+
+def assert_losses_go_on(folder: Path, pair: Pair) -> None:
     before, after = outcome(folder, pair[0]), outcome(folder, pair_name(pair))
     assert len(after["losses"]) == 3
     assert after["losses"] == pytest.approx(before["losses"], abs=1e-6, rel=0)
@@ -121,8 +133,12 @@ def test_losses_depend_on_what_is_restored(folder: Path) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS, ids=pair_name)
 def test_every_expert_has_its_own_weights_and_moments_to_the_last_bit(
-    folder: Path, pair: tuple[str, int, int, int]
+    folder: Path, pair: Pair
 ) -> None:
+    assert_state_is_kept(folder, pair, SOURCES[pair[0]][3])
+
+
+def assert_state_is_kept(folder: Path, pair: Pair, optim: str) -> None:
     place = Path("checkpoints", "step-0000002", "state")
     states = [folder / name / place for name in (pair[0], pair_name(pair))]
     with StateReader(states[0]) as before, StateReader(states[1]) as after:
@@ -132,7 +148,7 @@ def test_every_expert_has_its_own_weights_and_moments_to_the_last_bit(
             assert torch.equal(before.read(name, key), after.read(name, key)), (name, key)
         moments = {key for name, key in keys if ".experts.7." in name}
         expected = {"muon": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq", "step"}}
-        assert moments == {"master"} | expected[SOURCES[pair[0]][3]]
+        assert moments == {"master"} | expected[optim]
         values = {before.read(n, "master").numpy().tobytes() for n, k in keys if ".experts." in n}
         assert len(values) == len({n for n, _ in keys if ".experts." in n})  # no two are alike
 

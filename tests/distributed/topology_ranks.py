@@ -25,13 +25,14 @@ from epctl.runtime.evaluate import held_out_loss
 from epctl.runtime.leave import leave
 
 GLOBAL_BATCH = 4
-NUM_HELD_OUT = 4
+NUM_HELD_OUT = GLOBAL_BATCH
 FIRST_STEPS = 2
 NEXT_STEPS = 3
 
 
 def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    flags = {"train.micro_batch_size": GLOBAL_BATCH // dist.get_world_size()}
+    size = case.get("batch", GLOBAL_BATCH) // dist.get_world_size()
+    flags = {"train.micro_batch_size": size}
     config = train_model_ranks.case_config(
         {**case, "steps": FIRST_STEPS + NEXT_STEPS, "flags": flags}
     )
@@ -46,7 +47,6 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         run.loop.step = FIRST_STEPS
     run.checkpointer.save(run.loop.progress())
     run.checkpointer.finish()
-    size = NUM_HELD_OUT // dist.get_world_size()
     held_out = held_out_loss(run.engine, [run.data.held_out_batch(dist.get_rank() * size, size)])
     steps = range(FIRST_STEPS, FIRST_STEPS + NEXT_STEPS)
     losses = [run.loop._train_step(step)[0] for step in steps]

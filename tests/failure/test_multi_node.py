@@ -112,7 +112,7 @@ def test_a_killed_launcher_is_replaced_and_the_job_goes_on_from_its_checkpoint(j
     first, second = job.events("plan")
     assert first["first_step"] == 0
     assert 2 <= second["first_step"] <= reached + 2
-    steps = [event["step"] for event in job.events("step")]
-    restarted = steps.index(second["first_step"] + 1, steps.index(reached))
-    assert steps[restarted:] == list(range(second["first_step"] + 1, NUM_STEPS + 1))
+    # By time: rank 0 may finish one more step after the kill, which the restart takes again.
+    steps = [event["step"] for event in job.events("step") if event["time"] > second["time"]]
+    assert steps == list(range(second["first_step"] + 1, NUM_STEPS + 1))
     assert "1 ranks join the job" in codes[1][1]
