@@ -92,6 +92,8 @@ def write_load_png(path: Path, steps: Sequence[int], loads: Sequence[Sequence[fl
     image = axes.imshow(by_layer, aspect="auto", interpolation="nearest", cmap="magma", vmin=1)
     places = sorted({round(n * (len(steps) - 1) / 5) for n in range(6)})
     axes.set_xticks(places, [str(steps[place]) for place in places])
+    every = -(-len(by_layer) // 16)
+    axes.set_yticks(range(0, len(by_layer), every))
     axes.set(xlabel="step", ylabel="MoE layer", title="load of the fullest expert over the mean")
     figure.colorbar(image, ax=axes)
     figure.tight_layout()

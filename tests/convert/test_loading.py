@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import export, merge, shard
+from convert_runs import export, merge, shard
 
 from epctl.output import set_mode
 

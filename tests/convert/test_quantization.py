@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from convert_runs import export, merge, shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import export, merge, shard
 from stored_models import model_tensors, read_tensors, write_model
 
 from epctl.convert import quantization, scales

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from convert_runs import merge, reshard, shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import merge, reshard, shard
 from stored_models import PLAIN, STORAGES, WIDTH, read_tensors, read_tree, write_model
 
 from epctl.convert.open import open_checkpoint

@@ -1,7 +1,7 @@
 """Who reads a shard folder by slices sees the source's tensors, and opens its own files only."""
 
 import pytest
-from runs import shard
+from convert_runs import shard
 from stored_models import read_tensors, write_model
 
 from epctl.convert.execute import Reader, block_chunks

@@ -71,8 +71,9 @@ def test_plan_panel_progress_and_warnings_go_to_stderr_and_the_result_to_stdout(
 def test_the_run_folder_explains_itself(human: tuple[Path, Any]) -> None:
     folder, _ = human
     names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "ds_config.json", "command.txt", "logs", "loss.png"} <= names
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {"config.json", "ds_config.json", "command.txt", "logs"} <= names
+    for picture in ("loss.png", "expert_load.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     logs = {path.name for path in (folder / "logs").iterdir()}
     assert {f"rank-{rank}.log" for rank in range(4)} <= logs
     assert json.loads((folder / "config.json").read_text())["sources"]["parallel.ep"] == "flag"
