@@ -72,7 +72,7 @@ def route(
         logits_TE.shape[-1], top_k, score_func, num_groups, top_groups, group_score
     )
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    scores_TE = _scores(logits_TE, score_func)
+    scores_TE = scores_of(logits_TE, score_func)
     choice_TE = scores_TE.detach()
     if correction_bias_E is not None:
         choice_TE = choice_TE + correction_bias_E.detach().to(choice_TE.dtype)
@@ -93,7 +93,8 @@ def route(
     return weights_TK * scale, experts_TK
 
 
-def _scores(logits_TE: Tensor, score_func: ScoreFunction) -> Tensor:
+def scores_of(logits_TE: Tensor, score_func: ScoreFunction) -> Tensor:
+    """Returns what experts are chosen by, before any bias: the logits where scores come after."""
     if score_func == "sigmoid":
         return logits_TE.sigmoid()
     if score_func == "softmax":

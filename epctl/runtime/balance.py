@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from epctl.config import RunConfig
 from epctl.errors import ConfigError
@@ -24,6 +23,7 @@ from epctl.kernels.balance import (
     router_z_loss,
     sequence_balance_loss,
 )
+from epctl.kernels.reference import ScoreFunction, scores_of
 from epctl.runtime.moe import LocalExperts, Router
 from epctl.runtime.recompute import recomputing
 
@@ -52,7 +52,9 @@ class RouterLosses:
         """Returns the weights unchanged, with the losses hanging on their backward."""
         loss = logits_TE.new_zeros(())
         if self.sequence:
-            scores_TE = scores_of(logits_TE, score_func)
+            # Scores of all experts, also where the rule scores only the chosen ones.
+            of_all = cast(ScoreFunction, score_func.removeprefix("topk_"))
+            scores_TE = scores_of(logits_TE, of_all)
             parts = self.num_sequences if len(scores_TE) % self.num_sequences == 0 else 1
             by_sequence = (parts, len(scores_TE) // parts, -1)
             balance = sequence_balance_loss(
@@ -72,16 +74,6 @@ class RouterLosses:
         total, count = self.total, self.num_forwards
         self.total, self.num_forwards = None, 0
         return None if total is None else total / max(1, count)
-
-
-def scores_of(logits_TE: Tensor, score_func: str) -> Tensor:
-    """Returns the scores of all experts, also where the rule scores only the chosen ones."""
-    if score_func == "sqrt_softplus":
-        return F.softplus(logits_TE).sqrt()
-    if score_func in ("sigmoid", "topk_sigmoid"):
-        return logits_TE.sigmoid()
-    assert score_func in ("softmax", "topk_softmax"), score_func
-    return logits_TE.softmax(dim=-1)
 
 
 @dataclass

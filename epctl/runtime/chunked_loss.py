@@ -80,14 +80,15 @@ def _forward(
     head = model.get_output_embeddings()
     targets = labels if shift_labels is None else shift_labels
     if targets is None or head.fits(targets.numel()):
-        given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
-        if shift_labels is not None:
-            given["shift_labels"] = shift_labels
-        kept = {key: value for key, value in given.items() if value is not None}
-        return type(model).forward(model, input_ids=input_ids, **kept, **inputs)
-    shifted_BS = _shifted(labels) if shift_labels is None and labels is not None else shift_labels
+        of_the_loss = {
+            "labels": labels,
+            "num_items_in_batch": num_items_in_batch,
+            "shift_labels": shift_labels,
+        }
+        given = {key: value for key, value in of_the_loss.items() if value is not None}
+        return type(model).forward(model, input_ids=input_ids, **given, **inputs)
+    shifted_BS = _shifted(targets) if shift_labels is None else shift_labels
     hidden_BSD = model.base_model(input_ids=input_ids, **inputs).last_hidden_state
-    assert shifted_BS is not None
     total = head(hidden_BSD, shifted_BS)
     divisor = num_items_in_batch
     if divisor is None:  # transformers then takes the mean
