@@ -205,7 +205,7 @@ def test_ten_million_entries_are_refused_unread(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 400_000_000))
         file.truncate(400_000_008 + 10_000_000)  # sparse
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(HeaderTooLargeError):
         read_shard_header(path)
-    assert time.perf_counter() - begin < 0.5
+    assert time.thread_time() - begin < 0.5

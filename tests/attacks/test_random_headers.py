@@ -62,7 +62,7 @@ def test_edited_bytes_never_hang_and_never_escape_typed_errors(tensors, edits, c
     data = bytearray(sound(tensors))
     for position, value in edits:
         data[position % len(data)] = value
-    begin, header, message = time.perf_counter(), None, "`f`"
+    begin, header, message = time.thread_time(), None, "`f`"
     try:
         header = read(bytes(data[: len(data) - cut]))
     except InputError as error:
@@ -71,7 +71,7 @@ def test_edited_bytes_never_hang_and_never_escape_typed_errors(tensors, edits, c
     if header is not None:
         covered = sum(entry.num_bytes for entry in header.tensors.values())
         assert covered == len(data) - cut - LENGTH_BYTES - header.header_size
-    assert time.perf_counter() - begin < 1.0
+    assert time.thread_time() - begin < 1.0
 
 
 @QUICK
