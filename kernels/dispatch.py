@@ -161,6 +161,7 @@ def moe_mlp(
     biases: ExpertBiases = NO_BIASES,
     activation: Activation = SWIGLU,
     recompute: bool = False,
+    num_held: int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Returns `sum_k weights * (w2 activation(w1 x + b1, w3 x + b3) + b2)` over the experts here.
@@ -183,6 +184,8 @@ def moe_mlp(
         recompute: keep no pre-activation for the backward but compute it again, which saves 4KI
             bytes a token in bf16 and costs two ninths more arithmetic. Only the Triton kernels
             take notice. Without it a second backward over the same graph raises.
+        num_held: how many ids are not -1, or a bound on it, where the caller knows: memory is then
+            taken for so many rows and not for all T*K. Too small a number is undefined behaviour.
         implementation: overrides the choice of `choose_implementation`.
 
     Raises:
@@ -206,6 +209,7 @@ def moe_mlp(
             biases,
             activation,
             recompute=recompute,
+            num_held=num_held,
         )
     fallback = reference if choice.implementation == "reference" else grouped_mm
     y_TD: Tensor = fallback.moe_mlp(

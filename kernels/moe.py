@@ -40,10 +40,10 @@ from epctl.kernels.tiles import TileTable, choose_tiles
 HOPPER = (9, 0)
 
 
-def _tiles(experts_TK: Tensor, w1_EID: Tensor) -> TileTable:
+def _tiles(num_rows: int, w1_EID: Tensor) -> TileTable:
     on_gpu = w1_EID.is_cuda
     capability = torch.cuda.get_device_capability(w1_EID.device) if on_gpu else HOPPER
-    return choose_tiles(w1_EID.dtype, capability, experts_TK.numel() / w1_EID.shape[0])
+    return choose_tiles(w1_EID.dtype, capability, num_rows / w1_EID.shape[0])
 
 
 def _activation(form: str, limit: float, alpha: float) -> Activation:
@@ -70,10 +70,11 @@ def _moe_forward(
     limit: float,
     alpha: float,
     keep_h: bool,
+    num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    top_k, tiles = experts_TK.shape[1], _tiles(experts_TK, w1_EID)
-    tables = routing_tables(experts_TK, w1_EID.shape[0], tiles.block_rows)
-    if not experts_TK.numel():
+    top_k, tiles = experts_TK.shape[1], _tiles(num_rows, w1_EID)
+    tables = routing_tables(experts_TK, w1_EID.shape[0], tiles.block_rows, num_rows)
+    if not num_rows:
         return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, 2 * w1_EID.shape[1]), *tables
     of_experts = ExpertBiases(*biases)
     h, a_NI = gemm.gate_up(
@@ -105,12 +106,13 @@ def _(
     limit: float,
     alpha: float,
     keep_h: bool,
+    num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_experts, intermediate, _ = w1_EID.shape
-    num_rows = experts_TK.numel()
-    num_tiles = max_tiles(num_rows, num_experts, _tiles(experts_TK, w1_EID).block_rows)
+    num_pairs = experts_TK.numel()
+    num_tiles = max_tiles(num_rows, num_experts, _tiles(num_rows, w1_EID).block_rows)
     offsets = num_experts + 1
-    integer_sizes = (*(num_rows,) * 3, offsets, offsets, num_tiles, num_tiles, 1)
+    integer_sizes = (num_pairs, num_pairs, num_rows, offsets, offsets, num_tiles, num_tiles, 1)
     h = x_TD.new_empty(num_rows if keep_h else 0, 2 * intermediate)
     integers = [x_TD.new_empty(size, dtype=torch.int32) for size in integer_sizes]
     return torch.empty_like(x_TD), h, *integers  # type: ignore[return-value]
@@ -132,11 +134,12 @@ def _moe_backward(
     limit: float,
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not weights_TK.numel():
+    sorted_order = RoutingTables(*tables)
+    num_rows = len(sorted_order.pair_of_row_N)
+    if not num_rows:
         inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *_three(biases, x_TD))
         return tuple(torch.zeros_like(tensor) for tensor in inputs)  # type: ignore[return-value]
-    top_k, tiles = weights_TK.shape[1], _tiles(weights_TK, w1_EID)
-    sorted_order = RoutingTables(*tables)
+    top_k, tiles = weights_TK.shape[1], _tiles(num_rows, w1_EID)
     if not len(h):
         h, _ = gemm.gate_up(
             x_TD,
@@ -204,7 +207,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, form, limit, alpha, _ = inputs
+    x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, form, limit, alpha, *_ = inputs
     _, h, *tables = output
     # Otherwise autograd would hand the backward zero-filled gradients for H and the integers.
     ctx.set_materialize_grads(False)
@@ -217,7 +220,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if dy_TD is None:
-        return None, None, None, None, None, None, [None] * ctx.num_biases, None, None, None, None
+        return None, None, None, None, None, None, [None] * ctx.num_biases, *(None,) * 5
     x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *rest = ctx.saved_tensors
     biases, experts_TK = rest[: ctx.num_biases], None
     tables = rest[ctx.num_biases :]
@@ -237,7 +240,7 @@ def _backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Any, .
         *ctx.gate,
     )
     gradients = (dx_TD, None, dweights_TK, dw1_EID, dw3_EID, dw2_EDI)
-    return *gradients, dbiases[: ctx.num_biases], None, None, None, None
+    return *gradients, dbiases[: ctx.num_biases], *(None,) * 5
 
 
 _moe_forward.register_autograd(_backward, setup_context=_save)
@@ -254,6 +257,7 @@ def moe_mlp(
     activation: Activation = SWIGLU,
     *,
     recompute: bool = False,
+    num_held: int | None = None,
 ) -> Tensor:
     """Returns the weighted sum of each token's experts, [T, D]; see `epctl.kernels.moe_mlp`.
 
@@ -284,5 +288,6 @@ def moe_mlp(
         float("inf") if activation.limit is None else activation.limit,
         activation.alpha,
         trains and not recompute,
+        experts_TK.numel() if num_held is None else num_held,
     )[0]
     return y_TD

@@ -1,8 +1,9 @@
 """Which row goes where, worked out on the device, and the sum that brings rows back to tokens.
 
 A counting sort by expert, stable, without a host synchronisation: the host allocates by bounds
-that it can compute (every pair a row, every expert one part-filled tile), and the device says how
-much of them is used. Three launches: count each chunk of pairs, turn counts into positions, place.
+that it knows (the pairs held here, or every pair; every expert one part-filled tile), and the
+device says how much of them is used. Three launches: count each chunk of pairs, turn counts into
+positions, place.
 Shape suffixes: see reference.py; M is the number of tiles that could be needed.
 """
 
@@ -153,21 +154,26 @@ def _place_kernel(
     tl.store(pair_of_row_ptr + row, pair, mask=held)
 
 
-def routing_tables(experts_TK: Tensor, num_experts: int, block_rows: int) -> RoutingTables:
+def routing_tables(
+    experts_TK: Tensor, num_experts: int, block_rows: int, num_rows: int
+) -> RoutingTables:
     """Returns the stable order of (token, choice) pairs by expert, for tiles of `block_rows` rows.
 
     Ids outside 0 to `num_experts - 1` are pairs held elsewhere: they get no row.
+
+    Args:
+        num_rows: rows to allocate, no fewer than there are pairs held here.
     """
     pairs = experts_TK.contiguous()
     num_pairs = pairs.numel()
     num_chunks = triton.cdiv(num_pairs, CHUNK)
-    num_tiles = max_tiles(num_pairs, num_experts, block_rows)
+    num_tiles = max_tiles(num_rows, num_experts, block_rows)
     expert_block = triton.next_power_of_2(num_experts)
     integers: dict[str, Any] = {"dtype": torch.int32, "device": pairs.device}
     tables = RoutingTables(
         row_of_pair_N=torch.empty(num_pairs, **integers),
         padded_row_of_pair_N=torch.empty(num_pairs, **integers),
-        pair_of_row_N=torch.empty(num_pairs, **integers),
+        pair_of_row_N=torch.empty(num_rows, **integers),
         offsets_E=torch.empty(num_experts + 1, **integers),
         padded_offsets_E=torch.empty(num_experts + 1, **integers),
         tile_expert_M=torch.empty(num_tiles, **integers),

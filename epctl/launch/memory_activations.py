@@ -49,15 +49,16 @@ def moe_bytes(
     """Returns the operator's bytes, router included (kernels/moe.py, dispatch.py).
 
     Args:
-        received: rows a rank computes for one token of its own: 1 without expert parallelism,
-            the distinct ranks a token needs with it. The operator allocates K rows for each,
-            also those of choices that another rank computes.
+        received: rows that come to a rank for one token of its own: 1 without expert parallelism,
+            the distinct ranks a token needs with it. Each brings K ids and weights; the operator
+            allocates rows for the choices held here, which are T x K on average.
         imbalance: rows of this rank over the mean.
     """
     rows_in = tokens * received * imbalance
-    rows = rows_in * top_k
+    rows = tokens * imbalance * top_k
     h = rows * (projections - 1) * intermediate * width
-    integers = 12 * rows + (12 * rows_in * top_k)
+    # Of a row its choice; of a choice both places, the weight and the router's id.
+    integers = 4 * rows + (8 + 12) * rows_in * top_k
     kept = h + integers
     activated, spread = rows * intermediate * width, (rows + local_experts * 63) * hidden * width
     products = rows * hidden * width
@@ -161,7 +162,7 @@ def layer_bytes(shape: ModelShape, plan: RankPlan, *, is_moe: bool) -> LayerByte
     backward = moe.backward_extra
     if plan.ep > 1:
         rows = tokens * received * plan.imbalance
-        dispatch = rows * (hidden * width + 12 * shape.top_k + 8)
+        dispatch = rows * (hidden * width + 8 * shape.top_k + 8)
         # Gradients of the rows come in and go out by all-to-all.
         backward += 2 * rows * hidden * width
     return LayerBytes(

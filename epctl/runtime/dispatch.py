@@ -5,7 +5,8 @@ S rows this rank sends, R rows it receives (one a token and destination rank).
 
 A row carries its token, the local ids of the experts it is for (-1 where a choice lives on another
 rank, or was dropped) and their router weights. The expert side forms the weighted sum of a row, so
-the way back also moves one row a rank. Backward is the mirror of forward.
+the way back also moves one row a rank. Backward is the mirror of forward. The exchange of counts
+also says how many choices are coming: the experts take memory for those, not for K a row.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Dispatched(NamedTuple):
     x_RD: Tensor
     experts_RK: Tensor
     weights_RK: Tensor
+    num_held: int
     token_S: Tensor
     splits: RowSplits
 
@@ -63,17 +65,51 @@ def _all_to_all(rows: Tensor, splits: RowSplits) -> Tensor:
 
 def exchange_rows(rows: Tensor, splits: RowSplits) -> Tensor:
     """Returns the rows sent to this rank, in the order of their source ranks; differentiable."""
-    if rows.is_floating_point():
-        return cast(Tensor, _ExchangeRows.apply(rows, splits))  # type: ignore[no-untyped-call]
-    return _all_to_all(rows, splits)
+    return cast(Tensor, _ExchangeRows.apply(rows, splits))  # type: ignore[no-untyped-call]
 
 
-def exchange_splits(sent_P: Tensor, group: dist.ProcessGroup) -> RowSplits:
-    """Tells every rank how many rows come from whom: one exchange, one host synchronisation."""
-    received_P = torch.empty_like(sent_P)
-    dist.all_to_all_single(received_P, sent_P, group=group)
-    sent, received = torch.stack((sent_P, received_P)).tolist()
-    return RowSplits(sent, received, group)
+class _ExchangeChoices(torch.autograd.Function):
+    """Ids and weights of a row's choices travel in one message, as 2K integers of 4 bytes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, experts_SK: Tensor, weights_SK: Tensor, splits: RowSplits
+    ) -> tuple[Tensor, Tensor]:
+        assert weights_SK.dtype == torch.float32, weights_SK.dtype
+        ctx.splits = splits
+        message = torch.cat((experts_SK.int(), weights_SK.view(torch.int32)), dim=1)
+        experts_RK, bits_RK = _all_to_all(message, splits).chunk(2, dim=1)
+        ctx.mark_non_differentiable(experts_RK)
+        return experts_RK.contiguous(), bits_RK.contiguous().view(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        return None, _all_to_all(gradients[1], ctx.splits.reversed()), None
+
+
+def exchange_choices(
+    experts_SK: Tensor, weights_SK: Tensor, splits: RowSplits
+) -> tuple[Tensor, Tensor]:
+    """Returns int32 ids and float32 weights of the rows sent here; differentiable in weights."""
+    return cast(
+        tuple[Tensor, Tensor],
+        _ExchangeChoices.apply(experts_SK, weights_SK, splits),  # type: ignore[no-untyped-call]
+    )
+
+
+def exchange_counts(choices_TP: Tensor, group: dist.ProcessGroup) -> tuple[RowSplits, int]:
+    """Tells every rank how many rows come from whom: one exchange, one host synchronisation.
+
+    Args:
+        choices_TP: of each token, the experts it has on each rank.
+
+    Returns the rows, and how many choices are coming to this rank's experts.
+    """
+    sent_P2 = torch.stack(((choices_TP > 0).sum(dim=0), choices_TP.sum(dim=0)), dim=1)
+    received_P2 = torch.empty_like(sent_P2)
+    dist.all_to_all_single(received_P2, sent_P2, group=group)
+    (sent, _), (received, held) = torch.stack((sent_P2, received_P2)).transpose(1, 2).tolist()
+    return RowSplits(sent, received, group), sum(held)
 
 
 def local_expert_ids(experts_SK: Tensor, rank_S: Tensor, num_local_experts: int) -> Tensor:
@@ -86,13 +122,13 @@ def local_expert_ids(experts_SK: Tensor, rank_S: Tensor, num_local_experts: int)
     return local_SK.masked_fill(elsewhere, -1)
 
 
-def needed_ranks(experts_TK: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
-    """Returns which ranks hold an expert of each token, [T, P] bool; -1 is nobody's expert."""
+def choices_by_rank(experts_TK: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
+    """Returns how many experts of each token are on each rank, [T, P] int32; -1 is nobody's."""
     counts_TP = torch.zeros(
         experts_TK.shape[0], num_ranks, dtype=torch.int32, device=experts_TK.device
     )
     chosen_TK = (experts_TK >= 0).int()
-    return counts_TP.scatter_add_(1, experts_TK.clamp_min(0) // num_local_experts, chosen_TK) > 0
+    return counts_TP.scatter_add_(1, experts_TK.clamp_min(0) // num_local_experts, chosen_TK)
 
 
 def _require_room(splits: RowSplits, max_rows: int | None, num_tokens: int) -> None:
@@ -119,23 +155,19 @@ def dispatch(
 
     Args:
         experts_TK: global expert ids, int64; -1 for a choice that was dropped.
-        weights_TK: router weights; the gradient flows back through the exchange.
+        weights_TK: router weights, float32; the gradient flows back through the exchange.
         max_rows: rows that this rank takes at most.
 
     Raises ResourceError if more rows than `max_rows` are on their way, before they arrive.
     """
-    needs_TP = needed_ranks(experts_TK, num_local_experts, dist.get_world_size(group))
-    rank_S, token_S = needs_TP.t().nonzero(as_tuple=True)
-    splits = exchange_splits(needs_TP.sum(dim=0), group)
+    choices_TP = choices_by_rank(experts_TK, num_local_experts, dist.get_world_size(group))
+    splits, num_held = exchange_counts(choices_TP, group)
     _require_room(splits, max_rows, x_TD.shape[0])
+    rank_S, token_S = choices_TP.t().nonzero(as_tuple=True)
     local_SK = local_expert_ids(experts_TK[token_S], rank_S, num_local_experts)
-    return Dispatched(
-        exchange_rows(x_TD[token_S], splits),
-        exchange_rows(local_SK, splits),
-        exchange_rows(weights_TK[token_S], splits),
-        token_S,
-        splits,
-    )
+    x_RD = exchange_rows(x_TD[token_S], splits)
+    experts_RK, weights_RK = exchange_choices(local_SK, weights_TK[token_S], splits)
+    return Dispatched(x_RD, experts_RK, weights_RK, num_held, token_S, splits)
 
 
 def combine(y_RD: Tensor, sent: Dispatched, num_tokens: int) -> Tensor:

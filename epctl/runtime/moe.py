@@ -156,12 +156,18 @@ class LocalExperts(nn.Module):
                 x_TD, experts_TK, weights_TK, self.num_local_experts, self.ep_group, max_rows
             )
         with annotate("experts"):
-            y_RD = self.compute(sent.x_RD, sent.experts_RK, sent.weights_RK)
+            y_RD = self.compute(sent.x_RD, sent.experts_RK, sent.weights_RK, sent.num_held)
         with annotate("combine"):
             return combine(y_RD, sent, x_TD.shape[0])
 
-    def compute(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Returns the sum over the experts held here; -1 is an expert elsewhere."""
+    def compute(
+        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_held: int | None = None
+    ) -> Tensor:
+        """Returns the sum over the experts held here; -1 is an expert elsewhere.
+
+        Args:
+            num_held: how many ids are not -1, where that is known.
+        """
         if self.shape.weighs_input:
             x_TD, experts_TK, weights_TK, top_k = _weigh_input(x_TD, experts_TK, weights_TK)
         y_TD = moe_mlp(
@@ -173,6 +179,7 @@ class LocalExperts(nn.Module):
             self.w2,
             biases=ExpertBiases(self.b1, self.b3, self.b2),
             activation=self.shape.activation,
+            num_held=num_held,
         )
         if self.shape.weighs_input:
             y_TD = y_TD.view(-1, top_k, y_TD.shape[-1]).sum(dim=1)

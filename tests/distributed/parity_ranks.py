@@ -20,8 +20,10 @@ import torch.distributed as dist
 from epctl.config import RunConfig, resolve_config
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime import moe
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
+from epctl.runtime.dispatch import Dispatched, dispatch
 from epctl.runtime.engine import create_engine, train_step
 from epctl.runtime.leave import leave
 from epctl.runtime.recompute import checkpoint_activations
@@ -123,7 +125,20 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"losses": losses, "norms": norms}
 
 
+def check_held_counts() -> None:
+    """The kernels take memory for as many choices as the exchange of counts announced."""
+
+    def checked(*arguments: Any) -> Dispatched:
+        sent = dispatch(*arguments)
+        held = int((sent.experts_RK >= 0).sum())
+        assert sent.num_held == held, (sent.num_held, held)
+        return sent
+
+    moe.dispatch = checked  # type: ignore[attr-defined]
+
+
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
+    check_held_counts()
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
     results = {}
     for case in cases:

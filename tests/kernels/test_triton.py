@@ -58,6 +58,31 @@ def test_moe_routing(
     assert_matches(moe.moe_mlp, make_problem(50, 64, 64, 4, 2, routing=routing))
 
 
+def for_held_rows(moe: ModuleType, **options: object) -> Callable[..., torch.Tensor]:
+    """The block as expert-parallel ranks call it: they know how many choices are theirs."""
+
+    def block(x: torch.Tensor, experts: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return moe.moe_mlp(x, experts, *rest, num_held=int((experts >= 0).sum()), **options)
+
+    return block
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("routing", ["random", "half elsewhere", "all elsewhere"])
+def test_moe_takes_memory_for_the_rows_held_here(
+    moe: ModuleType, make_problem: Callable, assert_matches: Callable, routing: str, recompute: bool
+) -> None:
+    problem = make_problem(50, 64, 64, 4, 2, routing=routing)
+    block = for_held_rows(moe, recompute=recompute)
+    assert_matches(block, problem)
+    x, *rest, _ = problem
+    y = block(x.requires_grad_(), *rest)
+    sizes = {t.shape for t in y.grad_fn.saved_tensors}  # type: ignore[union-attr]
+    num_held = int((problem.experts_TK >= 0).sum())
+    assert torch.Size([num_held]) in sizes
+    assert recompute or torch.Size([num_held, 128]) in sizes
+
+
 def test_moe_without_tma(
     moe: ModuleType,
     make_problem: Callable,
@@ -114,13 +139,17 @@ def test_moe_refuses_mixed_dtypes(moe: ModuleType, make_problem: Callable) -> No
         moe.moe_mlp(x.bfloat16(), experts, weights, *matrices)
 
 
+@pytest.mark.parametrize("exact", [True, False], ids=["held", "all pairs"])
 @pytest.mark.parametrize("routing", ["random", "half elsewhere"])
-def test_routing_tables_are_a_stable_sort(make_problem: Callable, routing: str) -> None:
+def test_routing_tables_are_a_stable_sort(
+    make_problem: Callable, routing: str, exact: bool
+) -> None:
     from epctl.kernels.permute import routing_tables
 
     experts_TK = make_problem(300, 4, 4, 12, 3, routing=routing).experts_TK
-    tables = routing_tables(experts_TK, 12, 32)
     flat = experts_TK.reshape(-1).cpu()
+    num_held = int((flat >= 0).sum())
+    tables = routing_tables(experts_TK, 12, 32, num_held if exact else flat.numel())
     wanted = flat.argsort(stable=True)[int((flat < 0).sum()) :]
     assert tables.pair_of_row_N[: len(wanted)].tolist() == wanted.tolist()
     counts = torch.bincount(flat[flat >= 0], minlength=12)
@@ -201,7 +230,7 @@ def test_operators_tell_torch_the_truth(moe: ModuleType, make_problem: Callable)
     x, experts, weights, *matrices, _ = make_problem(20, 64, 64, 4, 2)
     torch.library.opcheck(
         moe._moe_forward,
-        (x.requires_grad_(), experts, weights, *matrices, [], "product", 1.0, 1.0, True),
+        (x.requires_grad_(), experts, weights, *matrices, [], "product", 1.0, 1.0, True, 40),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
@@ -217,6 +246,20 @@ def test_moe_half(
     dtype: torch.dtype,
 ) -> None:
     assert_matches(moe.moe_mlp, make_problem(*shape, dtype=dtype))
+
+
+@gpu
+@pytest.mark.parametrize("routing", ["half elsewhere", "all elsewhere"])
+@pytest.mark.parametrize("shape", [(1000, 256, 320, 16, 4), (9000, 256, 192, 8, 2)], ids=_name)
+def test_moe_half_of_held_rows(
+    moe: ModuleType,
+    make_problem: Callable,
+    assert_matches: Callable,
+    shape: tuple[int, ...],
+    routing: str,
+) -> None:
+    problem = make_problem(*shape, dtype=torch.bfloat16, routing=routing)
+    assert_matches(for_held_rows(moe), problem)
 
 
 @gpu

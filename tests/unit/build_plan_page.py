@@ -70,9 +70,8 @@ The terms describe epctl's runtime on DeepSpeed 0.19.8 as it is:
 - ZeRO-1 keeps gradients in bfloat16 without accumulation; with it DeepSpeed's BF16_Optimizer keeps
   them whole in float32.
 - ZeRO-2 with offload keeps float32 gradients on the GPU until the step, beside those on the host.
-- With expert parallelism a rank's MoE operator allocates K rows for each row it receives, also for
-  choices that another rank computes: `4 Kn` bytes a token become `4 Kn` times the distinct ranks of
-  a token (4.5 at EP=8 with Moonlight's routing).
+- With expert parallelism a rank's MoE operator takes memory for the choices it holds, `4 Kn` bytes
+  a token on average. The recorded two-GPU runs are older: theirs took K rows for each row received.
 - The router keeps a float32 copy of its tokens for backward, 4 D bytes a token.
 - Speed is arithmetic over rates, for ranking; nothing in it is fitted to a run. Launch gaps,
   stragglers and the mask of packed documents in attention are not in it, so it is too fast.

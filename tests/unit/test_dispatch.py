@@ -7,21 +7,21 @@ import torch
 
 from epctl.errors import ResourceError
 from epctl.runtime import dispatch
-from epctl.runtime.dispatch import RowSplits, needed_ranks
+from epctl.runtime.dispatch import RowSplits, choices_by_rank
 
-# Moonlight: rows of 2048 bfloat16, top-6 of 64; a row's metadata is 6 int64 ids, 6 float32 weights.
+# Moonlight: rows of 2048 bfloat16, top-6 of 64; a row's metadata is 6 int32 ids, 6 float32 weights.
 HIDDEN_BYTES, TOP_K, NUM_EXPERTS = 2048 * 2, 6, 64
-METADATA_BYTES = TOP_K * (8 + 4)
+METADATA_BYTES = TOP_K * (4 + 4)
 
 
-def test_a_token_needs_each_rank_once() -> None:
+def test_choices_are_counted_by_rank() -> None:
     experts = torch.tensor([[0, 1, 5], [4, 5, 6], [-1, 2, -1], [-1, -1, -1]])
-    expected = [[1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
-    assert needed_ranks(experts, 2, 4).int().tolist() == expected
+    expected = [[2, 0, 1, 0], [0, 0, 2, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert choices_by_rank(experts, 2, 4).tolist() == expected
 
 
 def test_no_tokens_need_nobody() -> None:
-    assert needed_ranks(torch.zeros(0, 3, dtype=torch.int64), 2, 4).shape == (0, 4)
+    assert choices_by_rank(torch.zeros(0, 3, dtype=torch.int64), 2, 4).shape == (0, 4)
 
 
 @pytest.mark.parametrize(("ep", "bound", "expected_share"), [(4, 0.58, 0.558), (8, 0.78, 0.756)])
@@ -30,9 +30,9 @@ def test_bytes_against_one_row_an_expert(ep: int, bound: float, expected_share: 
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(20_000, NUM_EXPERTS, generator=generator)
     experts = scores.topk(TOP_K).indices
-    num_rows = int(needed_ranks(experts, NUM_EXPERTS // ep, ep).sum())
+    num_rows = int((choices_by_rank(experts, NUM_EXPERTS // ep, ep) > 0).sum())
     assert num_rows / experts.numel() == pytest.approx(expected_share, abs=0.003)
-    moved = num_rows * (2 * HIDDEN_BYTES + METADATA_BYTES) + 2 * 8 * ep * ep  # and the counts
+    moved = num_rows * (2 * HIDDEN_BYTES + METADATA_BYTES) + 2 * 2 * 8 * ep * ep  # and the counts
     assert moved / (experts.numel() * 2 * HIDDEN_BYTES) <= bound
 
 
