@@ -24,8 +24,8 @@ from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
 from epctl.runtime.optimizer import MatrixOptimizer
 from epctl.runtime.parameter_groups import parameter_groups, row_blocks
-from epctl.runtime.profile import annotate
 from epctl.runtime.qk_clip import clip_factors
+from epctl.runtime.ranges import annotate
 from epctl.runtime.schedule import rate_factor
 from epctl.runtime.sequence.group import create_sequence_group
 from epctl.runtime.sequence.parallel import parallelize

@@ -13,25 +13,13 @@ import torch
 
 from epctl.errors import ConfigError
 from epctl.runtime.events import EventLog
-from epctl.runtime.time_breakdown import STEP_MARK, TimeBreakdown, read_breakdown
+from epctl.runtime.ranges import annotate, recorded, trace_name
+from epctl.runtime.time_breakdown import TimeBreakdown, read_breakdown
 
 WARM_UP_STEPS = 2
 PROFILED_STEPS = 3
 
-_active = False
-
-
-@contextlib.contextmanager
-def annotate(name: str) -> Iterator[None]:
-    """Names a stretch of work `epctl.NAME` in the trace and for NVTX; free when nobody looks."""
-    if not _active:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.profiler.record_function(f"epctl.{name}"))
-        if torch.cuda.is_available():
-            stack.enter_context(torch.cuda.nvtx.range(f"epctl.{name}"))
-        yield
+__all__ = ["StepProfiler", "annotate", "profiled", "require_steps_to_profile"]
 
 
 @contextlib.contextmanager
@@ -74,7 +62,6 @@ class StepProfiler:
 
     def before(self, step: int) -> None:
         """Call before step `step` (from 0) of the run."""
-        global _active
         if step != self.first or self.rank != 0:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -82,17 +69,15 @@ class StepProfiler:
             torch.cuda.synchronize(self.device)
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._profiler = self._stack.enter_context(torch.profiler.profile(activities=activities))
-        _active = True
-        self._stack.enter_context(torch.profiler.record_function(STEP_MARK))
+        self._stack.enter_context(recorded())
+        self._stack.enter_context(torch.profiler.record_function(trace_name("steps")))
 
     def after(self, step: int) -> TimeBreakdown | None:
         """Call after step `step`; returns the breakdown when the last profiled one is done."""
-        global _active
         if step != self.last or self._profiler is None:
             return None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        _active = False
         self._stack.close()
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / "trace.json"

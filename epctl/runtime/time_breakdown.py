@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from epctl.runtime.ranges import trace_name
+
 Interval = tuple[float, float]
 
 # In the order in which an instant is given away.
 PARTS = ("optimizer", "compute", "expert exchange", "ZeRO and other collectives", "idle")
-STEP_MARK = "epctl.steps"  # the annotation around the profiled steps
-OPTIMIZER_MARK = "epctl.optimizer"
+STEP_MARK = trace_name("steps")  # the annotation around the profiled steps
+OPTIMIZER_MARK = trace_name("optimizer")
 KERNELS = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 EXCHANGES = ("sendrecv", "alltoall", "all_to_all")
 COLLECTIVES = ("nccl", "gloo:", "c10d::")

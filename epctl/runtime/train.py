@@ -33,6 +33,7 @@ from epctl.runtime.guards import StepGuard
 from epctl.runtime.load import CheckpointWeights
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.profile import StepProfiler, require_steps_to_profile
+from epctl.runtime.ranges import watch_with_nvtx
 from epctl.runtime.recompute import checkpoint_activations
 from epctl.runtime.report import max_over_ranks, peak_memory, plan_of
 from epctl.runtime.restart import Beginning, find_beginning, put_rejected_aside
@@ -172,6 +173,7 @@ def start_rank(config: RunConfig) -> tuple[torch.device, Mesh]:
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     seams.initialize_distributed(device.type, timeout)
     require_equal_versions()
+    watch_with_nvtx()
     return device, seams.create_mesh(config.parallel.ep, config.parallel.sp)
 
 
