@@ -8,18 +8,17 @@ with restart (Zhang, Amsel, Chen, Dao, 2026).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from epctl.kernels.newton_schulz_chain import Chain, iterate_
+from epctl.kernels.newton_schulz_cost import MethodChoice, Products, choose_iteration, choose_method
+
 Coefficients = Sequence[tuple[float, float, float]]
-Product = Callable[..., Tensor]
 Method = Literal["auto", "standard", "gram"]
-Products = Literal["torch", "symmetric"]
 
 # The published Polar Express polynomials, optimal for singular values in [1e-3, 1].
 _POLAR_EXPRESS: Coefficients = (
@@ -55,18 +54,6 @@ COEFFICIENTS: dict[str, Coefficients] = {
 # Below this norm a matrix counts as zero: float32 squares of its elements would underflow.
 SMALLEST_NORM = 1e-20
 
-# The Gram iteration is started afresh after this many steps: float16 rounding makes small
-# eigenvalues negative, and every further step on the same Gram matrix amplifies them.
-RESTART_EVERY = 2
-
-
-@dataclass(frozen=True)
-class MethodChoice:
-    """The iteration for one shape, and why."""
-
-    method: Literal["standard", "gram"]
-    reason: str
-
 
 def coefficient_table(name: str, num_steps: int) -> Coefficients:
     """Returns `num_steps` rows of a named table, its last row repeated where it is shorter.
@@ -79,52 +66,6 @@ def coefficient_table(name: str, num_steps: int) -> Coefficients:
     return [rows[min(step, len(rows) - 1)] for step in range(num_steps)]
 
 
-def gram_segments(num_steps: int) -> list[range]:
-    """Returns the steps between restarts: (0, 1), (2, 3, 4) for five.
-
-    After step 2 is the only stable place for one restart; longer schedules need one after every
-    second step. A single left-over step joins the segment before it, unless that is the first.
-    """
-    starts = list(range(0, num_steps, RESTART_EVERY))
-    if num_steps > RESTART_EVERY + 1 and num_steps % RESTART_EVERY:
-        starts.pop()
-    return [range(begin, end) for begin, end in itertools.pairwise([*starts, num_steps])]
-
-
-def iteration_flops(
-    method: Literal["standard", "gram"],
-    num_rows: int,
-    num_columns: int,
-    num_steps: int = 5,
-    products: Products = "torch",
-) -> int:
-    """Returns the FLOPs of one matrix, two a multiply-add; symmetric products compute half."""
-    short, long = sorted((num_rows, num_columns))
-    wide, square = 2 * short * short * long, 2 * short**3
-    # Of the two wide products, X X^T is symmetric and the one that gives X is not.
-    gram, square = (wide // 2, square // 2) if products == "symmetric" else (wide, square)
-    if method == "standard":
-        return num_steps * (gram + wide + square)
-    total = 0
-    for segment in gram_segments(num_steps):
-        num_later = len(segment) - 1
-        total += gram + wide + (len(segment) + num_later + 2 * num_later) * square
-    return total
-
-
-def choose_method(
-    num_rows: int, num_columns: int, num_steps: int = 5, products: Products = "torch"
-) -> MethodChoice:
-    """Returns the cheaper iteration for a shape.
-
-    Break-even of five steps is aspect 1.5, with symmetric products 1.0.
-    """
-    standard = iteration_flops("standard", num_rows, num_columns, num_steps, products)
-    gram = iteration_flops("gram", num_rows, num_columns, num_steps, products)
-    ratio = f"{gram:,} FLOPs by gram, {standard:,} by standard"
-    return MethodChoice("gram" if gram < standard else "standard", ratio)
-
-
 def iteration_dtype(device: torch.device) -> torch.dtype:
     """Returns the dtype to iterate in: float16 on a GPU, float32 on a CPU.
 
@@ -134,6 +75,32 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+def resolve_iteration(
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_steps: int = 5,
+    method: Method = "auto",
+    products: Products | Literal["auto"] = "auto",
+) -> MethodChoice:
+    """Returns the iteration and the implementation of its products for matrices of a shape.
+
+    Raises:
+        ValueError: `gram` in bfloat16.
+    """
+    if method == "gram" and dtype == torch.bfloat16:
+        raise ValueError("gram Newton-Schulz in bfloat16 is wrong on rank-poor matrices")
+    if products == "auto":
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        chosen = choose_iteration(*shape, gpu, num_steps)
+    else:
+        chosen = choose_method(*shape, num_steps, products)
+    if method == "auto" and dtype == torch.bfloat16:
+        return MethodChoice("standard", "gram is wrong in bfloat16", chosen.products)
+    return chosen if method == "auto" else MethodChoice(method, "named", chosen.products)
+
+
 def orthogonalize(
     x_BMN: Tensor,
     *,
@@ -141,7 +108,8 @@ def orthogonalize(
     coefficients: str = "you",
     method: Method = "auto",
     dtype: torch.dtype | None = None,
-    products: Products = "torch",
+    products: Products | Literal["auto"] = "auto",
+    use_graphs: bool = False,
 ) -> Tensor:
     """Returns the approximate orthogonal polar factor of each matrix, float32, contiguous.
 
@@ -154,77 +122,48 @@ def orthogonalize(
         coefficients: a key of `COEFFICIENTS`.
         method: `standard`, `gram`, or by cost.
         dtype: dtype of the iteration; `iteration_dtype` of the device by default.
-        products: `symmetric` computes half of what is symmetric, in Triton; `torch` all of it.
+        products: `symmetric` computes half of what is symmetric, in Triton; `torch` all of it;
+            `auto` goes by the measured rates in newton_schulz_cost.py.
+        use_graphs: replay the iteration as a CUDA graph; no effect on a CPU.
 
     Raises:
         ValueError: unknown coefficients, or `gram` in bfloat16.
     """
     assert x_BMN.ndim == 3, f"expected a batch of matrices, got shape {tuple(x_BMN.shape)}"
-    rows = coefficient_table(coefficients, num_steps)
     dtype = dtype or iteration_dtype(x_BMN.device)
-    if method == "auto":
-        num_rows, num_columns = x_BMN.shape[-2:]
-        cheaper = choose_method(num_rows, num_columns, num_steps, products).method
-        method = "standard" if dtype == torch.bfloat16 else cheaper
-    if method == "gram" and dtype == torch.bfloat16:
-        raise ValueError("gram Newton-Schulz in bfloat16 is wrong on rank-poor matrices")
-    work_BMN = normalize(x_BMN).to(dtype)
-    tall = work_BMN.shape[-2] > work_BMN.shape[-1]
-    work_BRL = work_BMN.mT if tall else work_BMN
-    iterate = _gram if method == "gram" else _standard
-    work_BRL = iterate(work_BRL, rows, _symmetric_product if products == "symmetric" else _product)
-    return (work_BRL.mT if tall else work_BRL).float().contiguous()
+    work_BMN = normalize(x_BMN).to(dtype).contiguous()
+    orthogonalize_normal_(
+        work_BMN,
+        num_steps=num_steps,
+        coefficients=coefficients,
+        method=method,
+        products=products,
+        use_graphs=use_graphs,
+    )
+    return work_BMN.float()
 
 
-def _product(
-    left: Tensor, right: Tensor, added: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
-) -> Tensor:
-    """Returns `alpha * left @ right + beta * added`, all of it."""
-    if added is None:
-        assert alpha == 1.0
-        return left @ right
-    return torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
+def orthogonalize_normal_(
+    x_BMN: Tensor,
+    *,
+    num_steps: int = 5,
+    coefficients: str = "you",
+    method: Method = "auto",
+    products: Products | Literal["auto"] = "auto",
+    use_graphs: bool = False,
+) -> None:
+    """Orthogonalises matrices of norm one (or zero) in place, in their own dtype; contiguous.
 
-
-def _symmetric_product(
-    left: Tensor, right: Tensor, added: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
-) -> Tensor:
-    from epctl.kernels.symmetric import symmetric_matmul
-
-    return symmetric_matmul(left, right, added, alpha=alpha, beta=beta)
-
-
-def _standard(x_BRL: Tensor, rows: Coefficients, product: Product) -> Tensor:
-    for a, b, c in rows:
-        gram_BRR = product(x_BRL, x_BRL.mT)
-        poly_BRR = product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b)
-        x_BRL = torch.baddbmm(x_BRL, poly_BRR, x_BRL, beta=a)
-    return x_BRL
-
-
-def _gram(x_BRL: Tensor, rows: Coefficients, product: Product) -> Tensor:
-    """Iterates on X X^T alone, applying the accumulated factor once a segment.
-
-    Polynomials of one Gram matrix commute, so each of their products is symmetric.
-
-    `a I` goes into the factor, never into the polynomial: rounding `a` there costs stability.
+    The rest is as in `orthogonalize`.
     """
-    for segment in gram_segments(len(rows)):
-        gram_BRR = product(x_BRL, x_BRL.mT)
-        factor_BRR = gram_BRR  # replaced in the first step
-        for step in segment:
-            a, b, c = rows[step]
-            poly_BRR = product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b)
-            if step == segment[0]:
-                factor_BRR = poly_BRR.clone()
-                factor_BRR.diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                factor_BRR = product(factor_BRR, poly_BRR, factor_BRR, beta=a)
-            if step != segment[-1]:
-                half_BRR = product(gram_BRR, poly_BRR, gram_BRR, beta=a)
-                gram_BRR = product(poly_BRR, half_BRR, half_BRR, beta=a)
-        x_BRL = factor_BRR @ x_BRL
-    return x_BRL
+    rows = coefficient_table(coefficients, num_steps)
+    num_rows, num_columns = x_BMN.shape[-2:]
+    chosen = resolve_iteration(
+        (num_rows, num_columns), x_BMN.device, x_BMN.dtype,
+        num_steps=num_steps, method=method, products=products,
+    )  # fmt: skip
+    chain = Chain(chosen.method, chosen.products, tuple(rows))
+    iterate_(x_BMN, chain, use_graphs=use_graphs)
 
 
 def normalize(x_BMN: Tensor) -> Tensor:

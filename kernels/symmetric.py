@@ -9,134 +9,340 @@ matrix, which commute. Shape suffixes: B matrices of a batch, R rows and columns
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Moonlight's 1,408 rows are eleven tiles of 128; tiles of 256 would compute a third for nothing.
-BLOCK, SMALL_BLOCK = 128, 64
-SMALL_ROWS = 640  # up to here 128 wastes more than its better reuse gives
-BLOCK_K = 64
+
+class SymmetricTile(NamedTuple):
+    """One launch: a tile is `block_m` rows by one or two times as many columns."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = True
+
+    @property
+    def label(self) -> str:
+        """Sizes, warps, stages and how operands are read, as a benchmark names them."""
+        sizes = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{sizes} w{self.num_warps} s{self.num_stages}{' tma' if self.tma else ''}"
+
+    def num_tiles(self, num_rows: int) -> int:
+        """Returns the tiles of one matrix: those that touch its lower triangle."""
+        ratio = self.block_n // self.block_m
+        return sum(i // ratio + 1 for i in range(-(-num_rows // self.block_m)))
+
+
+# Exact float32 dots run on the ordinary cores.
+FLOAT32_TILE = SymmetricTile(64, 64, 32, num_warps=4, num_stages=2, tma=False)
+
+# Of n^2, tiles compute 0.545 at n = 1408 with 128 x 128, 0.595 with 128 x 256, 0.694 with
+# 256 x 256; 0.556 at n = 576 with 64 x 64, 0.617 with 64 x 128, 0.741 with 128 x 128. A tile of
+# twice as many columns reads a quarter less for each product.
+LARGE_TILE = SymmetricTile(128, 256, 64, num_warps=8, num_stages=4)
+SMALL_TILE = SymmetricTile(64, 128, 64, num_warps=4, num_stages=4)
+TINY_TILE = SymmetricTile(64, 64, 64, num_warps=4, num_stages=4)
+SMALL_ROWS, TINY_ROWS = 640, 128
+
+# What `epctl bench muon --products` tries; the choice is by counting, not yet by measuring.
+CANDIDATES = (
+    LARGE_TILE,
+    SymmetricTile(128, 256, 64, num_warps=8, num_stages=3),
+    SymmetricTile(128, 128, 64, num_warps=4, num_stages=3),
+    SymmetricTile(128, 128, 64, num_warps=8, num_stages=4),
+    SymmetricTile(128, 128, 64, num_warps=4, num_stages=4, tma=False),
+    SMALL_TILE,
+    TINY_TILE,
+)
+
+
+def choose_tile(num_rows: int, dtype: torch.dtype) -> SymmetricTile:
+    """Returns the tile for symmetric results of `num_rows` rows."""
+    if dtype.itemsize > 2:
+        return FLOAT32_TILE
+    if num_rows <= TINY_ROWS:
+        return TINY_TILE
+    return SMALL_TILE if num_rows <= SMALL_ROWS else LARGE_TILE
 
 
 def symmetric_matmul(
     left_BRK: Tensor,
-    right_BKR: Tensor,
+    right_BRK: Tensor,
     added_BRR: Tensor | None = None,
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
+    out: Tensor | None = None,
+    shifted: Tensor | None = None,
+    shift: float = 0.0,
+    tile: SymmetricTile | None = None,
 ) -> Tensor:
-    """Returns `alpha * left @ right + beta * added`, which the caller knows to be symmetric.
+    """Returns `alpha * left @ right^T + beta * added`, which the caller knows to be symmetric.
 
-    Any strides, so a transposed view costs no copy; contiguous, in the dtype of `left`; sums in
-    float32. The upper triangle is the lower one mirrored, so the result is symmetric to the bit.
+    Each operand has rows or columns next to each other, so a transposed view costs no copy. The
+    result is contiguous, in the dtype of `left`; sums are float32. The upper triangle is the lower
+    one mirrored, so it is symmetric to the bit. No operand may share memory with a result.
 
     Args:
         added_BRR: symmetric, or absent.
+        out: where the result goes, contiguous; allocated if absent.
+        shifted: also gets the (rounded) result with `shift` added to its diagonal.
+        tile: overrides `choose_tile`.
     """
     num_matrices, num_rows, num_summed = left_BRK.shape
-    assert right_BKR.shape == (num_matrices, num_summed, num_rows), right_BKR.shape
-    out_BRR = torch.empty(
-        num_matrices, num_rows, num_rows, dtype=left_BRK.dtype, device=left_BRK.device
-    )
+    assert right_BRK.shape == left_BRK.shape, right_BRK.shape
+    assert num_rows * max(num_rows, num_summed) < 2**31, "offsets within a matrix are 32 bits"
+    if out is None:
+        out = left_BRK.new_empty(num_matrices, num_rows, num_rows)
+    assert out.is_contiguous()
+    assert shifted is None or shifted.is_contiguous()
     if num_matrices == 0 or num_rows == 0:
-        return out_BRR
-    block = SMALL_BLOCK if num_rows <= SMALL_ROWS else BLOCK
-    num_tiles = triton.cdiv(num_rows, block)
-    added = left_BRK if added_BRR is None else added_BRR
-    _symmetric_kernel[(num_tiles * (num_tiles + 1) // 2, num_matrices)](
-        left_BRK,
-        right_BKR,
+        return out
+    tile = tile or choose_tile(num_rows, left_BRK.dtype)
+    transposed = left_BRK.stride(2) != 1
+    use_tma = tile.tma and all(_has_window(x, transposed, tile) for x in (left_BRK, right_BRK))
+    added = out if added_BRR is None else added_BRR
+    assert added.is_contiguous()
+    _symmetric_kernel[(tile.num_tiles(num_rows), num_matrices)](
+        _window(left_BRK, transposed, tile.block_m, tile.block_k) if use_tma else left_BRK,
+        _window(right_BRK, transposed, tile.block_n, tile.block_k) if use_tma else right_BRK,
         added,
-        out_BRR,
+        out,
+        out if shifted is None else shifted,
         num_rows,
         num_summed,
         *left_BRK.stride(),
-        *right_BKR.stride(),
-        *added.stride(),
+        *right_BRK.stride(),
         alpha,
         beta,
+        shift,
         HAS_ADDED=added_BRR is not None,
+        HAS_SHIFTED=shifted is not None,
+        USE_TMA=use_tma,
+        TRANSPOSED=transposed,
+        EVEN=num_rows % tile.block_m == 0,
+        EVEN_K=num_rows % tile.block_n == 0 and num_summed % tile.block_k == 0,
         PRECISION="ieee" if left_BRK.dtype == torch.float32 else "tf32",
-        BLOCK=block,
-        BLOCK_K=BLOCK_K,
-        num_warps=4 if block == SMALL_BLOCK else 8,
-        num_stages=4,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
-    return out_BRR
+    return out
+
+
+def _has_window(x_BRK: Tensor, transposed: bool, tile: SymmetricTile) -> bool:
+    """True when a TMA window over all matrices at once reads `x_BRK` right.
+
+    Rows beyond a matrix are the next one's and only reach results that are not stored; what is
+    summed beyond a matrix must be zero, which holds at the end of a row and of nothing else.
+    """
+    if x_BRK.is_cuda and torch.cuda.get_device_capability(x_BRK.device) < (9, 0):
+        return False
+    stored = x_BRK.mT if transposed else x_BRK
+    summed_fits = not transposed or x_BRK.shape[2] % tile.block_k == 0
+    aligned = stored.shape[-1] * x_BRK.element_size() % 16 == 0 and x_BRK.data_ptr() % 16 == 0
+    return stored.is_contiguous() and summed_fits and aligned
+
+
+def _window(x_BRK: Tensor, transposed: bool, rows: int, summed: int) -> Any:
+    stored = x_BRK.mT if transposed else x_BRK
+    block = [summed, rows] if transposed else [rows, summed]
+    return TensorDescriptor.from_tensor(stored.reshape(-1, stored.shape[-1]), block)
+
+
+@triton.jit
+def _load(
+    source,
+    matrix,
+    first_row,
+    first_k,
+    num_rows,
+    num_summed,
+    stride_b,
+    stride_r,
+    stride_k,
+    USE_TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A [ROWS, BLOCK_K] tile of one matrix of an operand."""
+    if USE_TMA:
+        if TRANSPOSED:
+            tile = source.load([matrix * num_summed + first_k, first_row]).T
+        else:
+            tile = source.load([matrix * num_rows + first_row, first_k])
+    else:
+        row = first_row + tl.arange(0, ROWS)
+        k = first_k + tl.arange(0, BLOCK_K)
+        base = source + matrix.to(tl.int64) * stride_b
+        at = base + row[:, None] * stride_r + k[None, :] * stride_k
+        if EVEN_K:
+            tile = tl.load(at)
+        else:
+            inside = (row < num_rows)[:, None] & (k < num_summed)[None, :]
+            tile = tl.load(at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _store_block(
+    base, value, mirrored, first_row, first_column, num_rows, EVEN: tl.constexpr, SIDE: tl.constexpr
+):
+    """Writes a square block, and its mirror unless it is on the diagonal."""
+    lane = tl.arange(0, SIDE)
+    row, column = first_row + lane, first_column + lane
+    at = base + row[:, None] * num_rows + column[None, :]
+    mirror_at = base + column[:, None] * num_rows + row[None, :]
+    if EVEN:
+        tl.store(at, value)
+        if first_row != first_column:
+            tl.store(mirror_at, mirrored)
+    else:
+        row_inside, column_inside = row < num_rows, column < num_rows
+        tl.store(at, value, mask=row_inside[:, None] & column_inside[None, :])
+        if first_row != first_column:
+            tl.store(mirror_at, mirrored, mask=column_inside[:, None] & row_inside[None, :])
+
+
+@triton.jit
+def _finish_block(
+    total,
+    first_row,
+    first_column,
+    added_ptr,
+    out_ptr,
+    shifted_ptr,
+    num_rows,
+    alpha,
+    beta,
+    shift,
+    HAS_ADDED: tl.constexpr,
+    HAS_SHIFTED: tl.constexpr,
+    EVEN: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Turns a square block of sums into results and stores it, if it is not above the diagonal."""
+    if first_row >= first_column:
+        lane = tl.arange(0, SIDE)
+        row, column = first_row + lane, first_column + lane
+        total *= alpha
+        if HAS_ADDED:
+            at = added_ptr + row[:, None] * num_rows + column[None, :]
+            if EVEN:
+                added = tl.load(at)
+            else:
+                inside = (row < num_rows)[:, None] & (column < num_rows)[None, :]
+                added = tl.load(at, mask=inside, other=0.0)
+            total += beta * added.to(tl.float32)
+        value = total.to(out_ptr.dtype.element_ty)
+        mirrored = value.T
+        # Of a block on the diagonal the lower half decides.
+        value = tl.where(row[:, None] >= column[None, :], value, mirrored)
+        _store_block(out_ptr, value, mirrored, first_row, first_column, num_rows, EVEN, SIDE)
+        if HAS_SHIFTED:
+            moved = (value.to(tl.float32) + shift).to(value.dtype)
+            value = tl.where(row[:, None] == column[None, :], moved, value)
+            _store_block(
+                shifted_ptr, value, mirrored, first_row, first_column, num_rows, EVEN, SIDE
+            )
 
 
 @triton.jit
 def _symmetric_kernel(
-    left_ptr,
-    right_ptr,
+    left,
+    right,
     added_ptr,
     out_ptr,
+    shifted_ptr,
     num_rows,
     num_summed,
     left_stride_b,
     left_stride_r,
     left_stride_k,
     right_stride_b,
-    right_stride_k,
     right_stride_r,
-    added_stride_b,
-    added_stride_r,
-    added_stride_c,
+    right_stride_k,
     alpha,
     beta,
+    shift,
     HAS_ADDED: tl.constexpr,
+    HAS_SHIFTED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile on or below the diagonal of one matrix, stored there and mirrored.
+    """One tile that touches the lower triangle of one matrix, stored there and mirrored.
 
-    Tiles of a row follow each other, so the row's own operand stays in L2.
+    Tiles of a row follow each other, so the row's own operand stays in L2. Offsets between
+    matrices are 64 bits wide: 1,248 experts hold more than 2^31 elements.
     """
-    matrix = tl.program_id(1).to(tl.int64)
-    tile_row, tile_column = _triangle_place(tl.program_id(0))
-    row = tile_row * BLOCK + tl.arange(0, BLOCK)
-    column = tile_column * BLOCK + tl.arange(0, BLOCK)
-    summed = tl.arange(0, BLOCK_K)
-    left_ptr += matrix * left_stride_b
-    right_ptr += matrix * right_stride_b
-    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for first in range(0, num_summed, BLOCK_K):
-        k = first + summed
-        inside = k < num_summed
-        left = tl.load(
-            left_ptr + row[:, None] * left_stride_r + k[None, :] * left_stride_k,
-            mask=(row < num_rows)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            right_ptr + k[:, None] * right_stride_k + column[None, :] * right_stride_r,
-            mask=inside[:, None] & (column < num_rows)[None, :],
-            other=0.0,
-        )
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-    total *= alpha
-    stored = (row < num_rows)[:, None] & (column < num_rows)[None, :]
-    # Of a tile on the diagonal only what is on or below it counts; the rest is its mirror.
-    stored &= row[:, None] >= column[None, :]
-    if HAS_ADDED:
-        place = row[:, None] * added_stride_r + column[None, :] * added_stride_c
-        added = tl.load(added_ptr + matrix * added_stride_b + place, mask=stored, other=0.0)
-        total += beta * added.to(tl.float32)
-    value = total.to(out_ptr.dtype.element_ty)
-    out_ptr += matrix * num_rows * num_rows
-    tl.store(out_ptr + row[:, None] * num_rows + column[None, :], value, mask=stored)
-    tl.store(out_ptr + column[None, :] * num_rows + row[:, None], value, mask=stored)
+    matrix = tl.program_id(1)
+    tile_row, tile_column = _triangle_place(tl.program_id(0), BLOCK_N // BLOCK_M)
+    first_row = tile_row * BLOCK_M
+    first_column = tile_column * BLOCK_N
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first_k in range(0, num_summed, BLOCK_K):
+        a = _load(
+            left, matrix, first_row, first_k, num_rows, num_summed,
+            left_stride_b, left_stride_r, left_stride_k,
+            USE_TMA, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        b = _load(
+            right, matrix, first_column, first_k, num_rows, num_summed,
+            right_stride_b, right_stride_r, right_stride_k,
+            USE_TMA, TRANSPOSED, EVEN_K, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        total = tl.dot(a, b.T, total, input_precision=PRECISION)
+    begin = matrix.to(tl.int64) * num_rows * num_rows
+    added_ptr += begin
+    out_ptr += begin
+    shifted_ptr += begin
+    if BLOCK_N == BLOCK_M:
+        _finish_block(
+            total, first_row, first_column, added_ptr, out_ptr, shifted_ptr, num_rows,
+            alpha, beta, shift, HAS_ADDED, HAS_SHIFTED, EVEN, BLOCK_M,
+        )  # fmt: skip
+    else:
+        # Two square blocks side by side: what is stored and mirrored is a whole block or nothing,
+        # and half the sums at a time fit in registers beside what is added to them.
+        tl.static_assert(BLOCK_N == 2 * BLOCK_M)
+        first, second = total.reshape(BLOCK_M, 2, BLOCK_M).permute(0, 2, 1).split()
+        _finish_block(
+            first, first_row, first_column, added_ptr, out_ptr, shifted_ptr, num_rows,
+            alpha, beta, shift, HAS_ADDED, HAS_SHIFTED, EVEN, BLOCK_M,
+        )  # fmt: skip
+        _finish_block(
+            second, first_row, first_column + BLOCK_M, added_ptr, out_ptr, shifted_ptr, num_rows,
+            alpha, beta, shift, HAS_ADDED, HAS_SHIFTED, EVEN, BLOCK_M,
+        )  # fmt: skip
 
 
 @triton.jit
-def _triangle_place(index):
-    """Row and column of tile `index` when the lower triangle is counted row by row."""
-    # The root of a float may be off by one at a row's end: correct it both ways.
-    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
-    row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
-    return row, index - row * (row + 1) // 2
+def _triangle_place(index, RATIO: tl.constexpr):
+    """Row and column of tile `index`, counted row by row; row i has `i // RATIO + 1` tiles.
+
+    RATIO rows in turn have as many tiles each, so group p of them begins at RATIO * p(p + 1)/2.
+    """
+    place = index // RATIO
+    # The root of a float may be off by one at a group's end: correct it both ways.
+    group = ((tl.sqrt(8.0 * place.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    group = tl.where(group * (group + 1) // 2 > place, group - 1, group)
+    group = tl.where((group + 1) * (group + 2) // 2 <= place, group + 1, group)
+    within = index - RATIO * (group * (group + 1) // 2)
+    return RATIO * group + within // (group + 1), within % (group + 1)

@@ -24,9 +24,9 @@ from epctl.errors import ConfigError, GateError
 from epctl.kernels.newton_schulz import (
     coefficient_table,
     iteration_dtype,
-    iteration_flops,
     orthogonalize,
 )
+from epctl.kernels.newton_schulz_cost import iteration_flops
 from epctl.output import out
 
 if TYPE_CHECKING:

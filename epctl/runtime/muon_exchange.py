@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epctl.kernels.newton_schulz import choose_method, iteration_flops
+from epctl.kernels.newton_schulz_cost import choose_method, iteration_flops
 
 # Elements a rank orthogonalises at once unless one matrix is larger: 128 MiB in float32, and a
 # small multiple of that in the iteration.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ _triangle_place = symmetric._triangle_place
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def places(out_ptr) -> None:  # type: ignore[no-untyped-def]
-    row, column = _triangle_place(tl.program_id(0))
+def places(out_ptr, RATIO: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    row, column = _triangle_place(tl.program_id(0), RATIO)
     tl.store(out_ptr + tl.program_id(0) * 2, row)
     tl.store(out_ptr + tl.program_id(0) * 2 + 1, column)
 
@@ -66,7 +67,7 @@ def test_gram_of_rows_and_of_columns(sizes: tuple[int, int, int], device: torch.
     wide = random(device, *sizes)
     tall = random(device, sizes[0], sizes[2], sizes[1])
     for x in (wide, tall.mT):  # the second through its strides
-        assert_symmetric_product(symmetric.symmetric_matmul(x, x.mT), x @ x.mT, sizes[2])
+        assert_symmetric_product(symmetric.symmetric_matmul(x, x), x @ x.mT, sizes[2])
 
 
 @here
@@ -79,23 +80,80 @@ def test_added_term_and_factors(size: int, device: torch.device) -> None:
     assert_symmetric_product(found, expected, size)
 
 
-@here
-def test_every_tile_of_a_large_triangle_is_written(device: torch.device) -> None:
-    """Eleven rows of tiles as at 1,408, poisoned allocations: a missed tile would be NaN."""
-    num_rows = 10 * symmetric.SMALL_BLOCK + 5  # above SMALL_ROWS: tiles of 128
-    assert num_rows > symmetric.SMALL_ROWS
-    x = random(device, 1, num_rows, 16)
-    found = symmetric.symmetric_matmul(x, x.mT)
-    assert_symmetric_product(found, x @ x.mT, 16)
+TILES = [  # every branch of the kernel, small enough for the interpreter
+    symmetric.SymmetricTile(16, 16, 16, 4, 1, tma=False),
+    symmetric.SymmetricTile(16, 32, 16, 4, 1, tma=False),
+    symmetric.SymmetricTile(16, 16, 16, 4, 1, tma=True),
+    symmetric.SymmetricTile(16, 32, 16, 4, 1, tma=True),
+]
 
 
 @here
-def test_triangle_is_counted_right_for_every_size_in_use(device: torch.device) -> None:
-    num_rows = 40
-    count = num_rows * (num_rows + 1) // 2
-    out = torch.zeros(count, 2, dtype=torch.int32, device=device)
-    places[(count,)](out)
-    expected = [[row, column] for row in range(num_rows) for column in range(row + 1)]
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.label)
+@pytest.mark.parametrize(
+    ("num_rows", "num_summed"), [(1, 16), (15, 20), (32, 33), (48, 32), (60, 33)]
+)
+def test_every_tile_is_written_and_nothing_else(
+    num_rows: int, num_summed: int, tile: Any, device: torch.device
+) -> None:
+    """Results start as NaN: a missed block would stay one. What surrounds them stays as it was."""
+    x = random(device, 3, num_rows, num_summed)
+    for operand in (x, x.mT.contiguous().mT):  # rows next to each other, then columns
+        guarded = torch.full((5, 2, num_rows, num_rows), torch.nan, device=device)
+        out, shifted = guarded[1:4].transpose(0, 1).contiguous()
+        added = x @ x.mT
+        symmetric.symmetric_matmul(
+            operand, operand, added, alpha=-0.5, beta=2.0, out=out, shifted=shifted, shift=3.0,
+            tile=tile,
+        )  # fmt: skip
+        expected = -0.5 * x @ x.mT + 2.0 * added
+        assert_symmetric_product(out, expected, num_summed)
+        diagonal = 3.0 * torch.eye(num_rows, device=device)
+        assert torch.equal(shifted, out + diagonal)
+
+
+@here
+def test_neighbours_of_a_result_are_left_alone(device: torch.device) -> None:
+    x = random(device, 2, 20, 24)
+    around = torch.full((4, 20, 20), 7.0, device=device)
+    for tile in TILES:
+        symmetric.symmetric_matmul(x, x, out=around[1:3], tile=tile)
+        assert (around[0] == 7.0).all()
+        assert (around[3] == 7.0).all()
+
+
+@here
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.label)
+def test_other_matrices_do_not_leak_into_a_result(tile: Any, device: torch.device) -> None:
+    """A window spans all matrices: what it reads beyond one must not count, even if it is NaN."""
+    x = random(device, 3, 20, 24)
+    x[0] = x[2] = torch.nan
+    for operand in (x, x.mT.contiguous().mT):
+        found = symmetric.symmetric_matmul(operand, operand, tile=tile)
+        assert_symmetric_product(found[1:2], x[1:2] @ x[1:2].mT, 24)
+
+
+def test_tiles_compute_what_their_comment_says() -> None:
+    def of_square(side: int, tile: Any) -> float:
+        return tile.num_tiles(side) * tile.block_m * tile.block_n / side**2  # type: ignore[no-any-return]
+
+    assert of_square(1408, symmetric.LARGE_TILE) == pytest.approx(0.595, abs=5e-4)
+    assert of_square(576, symmetric.SMALL_TILE) == pytest.approx(0.617, abs=5e-4)
+    half = torch.float16
+    assert symmetric.choose_tile(1408, half).block_m == 128
+    assert symmetric.choose_tile(2048, half).block_m == 128
+    assert {symmetric.choose_tile(n, half).block_m for n in (64, 512, 576)} == {64}
+    assert all(tile.block_n in (tile.block_m, 2 * tile.block_m) for tile in symmetric.CANDIDATES)
+
+
+@here
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_triangle_is_counted_right_for_every_size_in_use(ratio: int, device: torch.device) -> None:
+    expected = [[row, column] for row in range(41) for column in range(row // ratio + 1)]
+    tile = symmetric.SymmetricTile(1, ratio, 1, 4, 1)
+    assert tile.num_tiles(41) == len(expected)
+    out = torch.zeros(len(expected), 2, dtype=torch.int32, device=device)
+    places[(len(expected),)](out, ratio)
     assert out.tolist() == expected
 
 
@@ -117,7 +175,7 @@ def test_newton_schulz_on_symmetric_products(
 @pytest.mark.parametrize("sizes", [(4, 1408, 2048), (4, 576, 2048), (64, 100, 63)])
 def test_half_precision_on_a_gpu(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     x = (random(torch.device("cuda"), *sizes) / sizes[2] ** 0.5).to(dtype)
-    found = symmetric.symmetric_matmul(x, x.mT)
+    found = symmetric.symmetric_matmul(x, x)
     expected = x.float() @ x.float().mT
     assert torch.equal(found, found.mT)
     roundoff = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
@@ -128,7 +186,9 @@ def test_half_precision_on_a_gpu(dtype: torch.dtype, sizes: tuple[int, int, int]
 @pytest.mark.parametrize("size", [5, 64, 100])
 def test_the_lower_triangle_decides(size: int, device: torch.device) -> None:
     """Shown on a product that is not symmetric, as rounding leaves those that should be."""
-    left, right = random(device, 2, size, 30), random(device, 2, 30, size)
-    lower = (left @ right).tril()
+    left, right = random(device, 2, size, 30), random(device, 2, size, 32)[..., :30].contiguous()
+    lower = (left @ right.mT).tril()
     expected = lower + lower.tril(-1).mT
-    assert_symmetric_product(symmetric.symmetric_matmul(left, right), expected, 30)
+    for tile in (None, *TILES):
+        found = symmetric.symmetric_matmul(left, right, tile=tile)
+        assert_symmetric_product(found, expected, 30)

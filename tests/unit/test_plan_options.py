@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from epctl.config import resolve_config
 from epctl.errors import ConfigError, ResourceError
-from epctl.kernels.newton_schulz import choose_method, iteration_flops
+from epctl.kernels.newton_schulz_cost import choose_method, iteration_flops
 from epctl.launch.cost import newton_schulz_flops, step_cost
 from epctl.launch.cost_rates import H100_EXPERTS, Rates, load_rates, remember
 from epctl.launch.memory_shape import model_shape

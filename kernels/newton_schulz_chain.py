@@ -1,0 +1,206 @@
+"""The chain of products of a Newton-Schulz iteration, on buffers of bounded size.
+
+A GPU takes a few matrices at a time: what their chain reads again stays in its L2 cache, and the
+workspace does not grow with the batch. Shape suffixes: see newton_schulz.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from epctl.kernels.newton_schulz_cost import Iteration, Products, gram_segments
+
+# What of a GPU's L2 the square matrices of a chain may fill; an H100 and an H200 have 50 MB.
+CACHE_BYTES = 48 * 10**6
+# What a chain may write in all, unless a single matrix needs more.
+WORKSPACE_BYTES = 2**27
+NUM_SQUARES = 4
+
+
+class Chain(NamedTuple):
+    """What is computed: the iteration, the implementation of its products, a row a step."""
+
+    method: Iteration
+    products: Products
+    rows: tuple[tuple[float, float, float], ...]
+
+
+class Workspace(NamedTuple):
+    """What a chain writes beside its matrices: one more of their shape, and four square ones."""
+
+    spare_BMN: Tensor
+    squares: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Product(Protocol):
+    """Writes `alpha left @ right^T + beta added` to `out`, which the caller knows is symmetric.
+
+    `shifted` gets the same with `shift` added to its diagonal.
+    """
+
+    def __call__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        added: Tensor | None = None,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        out: Tensor,
+        shifted: Tensor | None = None,
+        shift: float = 0.0,
+    ) -> object: ...
+
+
+def matrices_at_once(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:
+    """Returns how many matrices of a shape a chain takes at a time; 0 is all of them, on a CPU."""
+    if device.type != "cuda":
+        return 0
+    short = min(shape)
+    in_cache = CACHE_BYTES // (NUM_SQUARES * short * short * dtype.itemsize)
+    in_all = WORKSPACE_BYTES // workspace_bytes(shape, 1, dtype, use_graphs=True)
+    return max(1, min(in_cache, in_all))
+
+
+def workspace_bytes(
+    shape: tuple[int, int], num_matrices: int, dtype: torch.dtype, use_graphs: bool = False
+) -> int:
+    """Returns the bytes of a chain's workspace for `num_matrices` at a time.
+
+    A graph has its matrices at a fixed place, so they are there once more.
+    """
+    short, long = sorted(shape)
+    copies = 2 if use_graphs else 1
+    return dtype.itemsize * num_matrices * short * (copies * long + NUM_SQUARES * short)
+
+
+def create_workspace(x_BMN: Tensor) -> Workspace:
+    """Returns the workspace for one chain over `x_BMN`."""
+    short = min(x_BMN.shape[-2:])
+    squares = x_BMN.new_empty(NUM_SQUARES, x_BMN.shape[0], short, short)
+    first, second, third, fourth = squares
+    return Workspace(torch.empty_like(x_BMN), (first, second, third, fourth))
+
+
+def iterate_(x_BMN: Tensor, chain: Chain, *, use_graphs: bool = False) -> None:
+    """Runs a chain over each matrix of a contiguous batch, in place."""
+    assert x_BMN.is_contiguous()
+    if x_BMN.numel() == 0:
+        return
+    size = matrices_at_once(tuple(x_BMN.shape[-2:]), x_BMN.dtype, x_BMN.device)  # type: ignore[arg-type]
+    size = min(size or x_BMN.shape[0], x_BMN.shape[0])
+    if use_graphs and x_BMN.device.type == "cuda":
+        from epctl.kernels.newton_schulz_graph import replay_
+
+        replay_(x_BMN, chain, size)
+        return
+    workspace = create_workspace(x_BMN[:size])
+    for part_BMN in torch.split(x_BMN, size):
+        run_chain_(part_BMN, chain, _first(workspace, part_BMN.shape[0]))
+
+
+def _first(workspace: Workspace, num_matrices: int) -> Workspace:
+    first, second, third, fourth = (square[:num_matrices] for square in workspace.squares)
+    return Workspace(workspace.spare_BMN[:num_matrices], (first, second, third, fourth))
+
+
+def run_chain_(x_BMN: Tensor, chain: Chain, workspace: Workspace) -> None:
+    """Replaces each matrix by its iterate; no allocation beyond what torch's products make."""
+    tall = x_BMN.shape[-2] > x_BMN.shape[-1]
+    x_BRL = x_BMN.mT if tall else x_BMN
+    spare_BRL = workspace.spare_BMN.mT if tall else workspace.spare_BMN
+    product = symmetric_product if chain.products == "symmetric" else torch_product
+    iterate = _gram if chain.method == "gram" else _standard
+    result_BRL = iterate(x_BRL, spare_BRL, workspace.squares, chain.rows, product)
+    if result_BRL is not x_BRL:
+        x_BRL.copy_(result_BRL)
+
+
+def torch_product(
+    left: Tensor,
+    right: Tensor,
+    added: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    out: Tensor,
+    shifted: Tensor | None = None,
+    shift: float = 0.0,
+) -> None:
+    """A `Product` that computes all of it, by the library's batched GEMM."""
+    if added is None:
+        assert alpha == 1.0
+        torch.bmm(left, right.mT, out=out)
+    else:
+        # Named as they come: the transpose of a symmetric operand is itself, but not to the bit.
+        torch.baddbmm(added, left, right, beta=beta, alpha=alpha, out=out)
+    if shifted is not None:
+        shifted.copy_(out).diagonal(dim1=-2, dim2=-1).add_(shift)
+
+
+def symmetric_product(
+    left: Tensor,
+    right: Tensor,
+    added: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    out: Tensor,
+    shifted: Tensor | None = None,
+    shift: float = 0.0,
+) -> None:
+    """A `Product` that computes half of it, in Triton."""
+    from epctl.kernels.symmetric import symmetric_matmul
+
+    symmetric_matmul(
+        left, right, added, alpha=alpha, beta=beta, out=out, shifted=shifted, shift=shift
+    )
+
+
+Rows = tuple[tuple[float, float, float], ...]
+Squares = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _standard(
+    x_BRL: Tensor, spare_BRL: Tensor, squares: Squares, rows: Rows, product: Product
+) -> Tensor:
+    gram_BRR, poly_BRR, *_ = squares
+    for a, b, c in rows:
+        product(x_BRL, x_BRL, out=gram_BRR)
+        product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b, out=poly_BRR)
+        torch.baddbmm(x_BRL, poly_BRR, x_BRL, beta=a, out=spare_BRL)
+        x_BRL, spare_BRL = spare_BRL, x_BRL
+    return x_BRL
+
+
+def _gram(
+    x_BRL: Tensor, spare_BRL: Tensor, squares: Squares, rows: Rows, product: Product
+) -> Tensor:
+    """Iterates on X X^T alone, applying the accumulated factor once a segment.
+
+    Polynomials of one Gram matrix commute, so each of their products is symmetric.
+
+    `a I` goes into the factor, never into the polynomial: rounding `a` there costs stability.
+    """
+    gram_BRR, poly_BRR, factor_BRR, half_BRR = squares
+    for segment in gram_segments(len(rows)):
+        product(x_BRL, x_BRL, out=gram_BRR)
+        for step in segment:
+            a, b, c = rows[step]
+            is_first = step == segment[0]
+            product(
+                gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b, out=poly_BRR,
+                shifted=factor_BRR if is_first else None, shift=a,
+            )  # fmt: skip
+            if step != segment[-1]:
+                product(gram_BRR, poly_BRR, gram_BRR, beta=a, out=half_BRR)
+                product(poly_BRR, half_BRR, half_BRR, beta=a, out=gram_BRR)
+            if not is_first:
+                product(factor_BRR, poly_BRR, factor_BRR, beta=a, out=half_BRR)
+                factor_BRR, half_BRR = half_BRR, factor_BRR
+        torch.bmm(factor_BRR, x_BRL, out=spare_BRL)
+        x_BRL, spare_BRL = spare_BRL, x_BRL
+    return x_BRL

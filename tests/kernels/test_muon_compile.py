@@ -1,0 +1,100 @@
+"""Muon's kernels compile for Hopper without a GPU: tensor cores, wide stores, no spill.
+
+The interpreter runs Python; what Triton's compiler refuses or does badly shows here.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+
+def compile_for_hopper(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    aligned: tuple[str, ...] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Any:
+    """Compiles as a launch with these arguments would: pointers and `aligned` are multiples of 16.
+
+    An argument of value 1 is a constant there too.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    assert set(names) == types.keys() | constants.keys()
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*") or name in aligned
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def stack_bytes(compiled: Any, folder: Path) -> int:
+    """Bytes of a thread's registers that the assembler put into memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton brings no cuobjdump")
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    shown = subprocess.run(
+        [str(tool), "-res-usage", str(binary)], capture_output=True, text=True, check=True
+    )
+    found = re.search(r"STACK:(\d+)", shown.stdout)
+    assert found, shown.stdout
+    return int(found.group(1))
+
+
+# What is added is square, and square operands lie by rows.
+VARIANTS = {"X X^T": (False, False), "X^T X": (True, False), "square": (False, True)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["LARGE_TILE", "SMALL_TILE", "TINY_TILE"])
+def test_symmetric_products_compile(name: str, variant: str, tmp_path: Path) -> None:
+    from epctl.kernels import symmetric
+
+    tile = getattr(symmetric, name)
+    transposed, added = VARIANTS[variant]
+    block = "{1},{0}" if transposed else "{0},{1}"
+    strides = [f"{side}_stride_{dim}" for side in ("left", "right") for dim in "brk"]
+    ones = [stride for stride in strides if stride[-1] == ("r" if transposed else "k")]
+    types = {
+        "left": f"tensordesc<fp16[{block.format(tile.block_m, tile.block_k)}]>",
+        "right": f"tensordesc<fp16[{block.format(tile.block_n, tile.block_k)}]>",
+        **dict.fromkeys(("added_ptr", "out_ptr", "shifted_ptr"), "*fp16"),
+        **dict.fromkeys(("num_rows", "num_summed"), "i32"),
+        **{stride: "i32" for stride in strides if stride not in ones},
+        **dict.fromkeys(("alpha", "beta", "shift"), "fp32"),
+    }
+    constants = {
+        "HAS_ADDED": added, "HAS_SHIFTED": added, "USE_TMA": True, "TRANSPOSED": transposed,
+        "EVEN": True, "EVEN_K": False, "PRECISION": "tf32", **dict.fromkeys(ones, 1),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+    }  # fmt: skip
+    compiled = compile_for_hopper(
+        symmetric._symmetric_kernel, types, constants,
+        aligned=("num_rows", "num_summed", *strides),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    ptx = compiled.asm["ptx"]
+    assert "wgmma" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    # 16 bytes a store, the mirror's as well: a mask by element would make them 2.
+    assert set(re.findall(r"st\.global\.\S+", ptx)) == {"st.global.v4.b32"}
+    assert stack_bytes(compiled, tmp_path) == 0

@@ -1,0 +1,214 @@
+"""The chain's workspace, its chunks, its graphs (on a stand-in for CUDA's), and which it takes."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from epctl.kernels import newton_schulz_chain as chains
+from epctl.kernels import newton_schulz_graph as graphs
+from epctl.kernels.newton_schulz import (
+    COEFFICIENTS,
+    normalize,
+    orthogonalize,
+    orthogonalize_normal_,
+    resolve_iteration,
+)
+from epctl.kernels.newton_schulz_chain import Chain, iterate_, workspace_bytes
+from epctl.kernels.newton_schulz_cost import (
+    RATES,
+    MeasuredAt,
+    Rates,
+    choose_iteration,
+    count_products,
+    predicted_seconds,
+)
+
+ROWS = tuple(COEFFICIENTS["you"])
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def batch(*shape: int, seed: int = 3) -> Tensor:
+    x_BMN = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return normalize(x_BMN)
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes of new storages that were alive at once after any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._seen: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for found in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(found, Tensor):
+                self._seen.append(weakref.ref(found))
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in (ref() for ref in self._seen)
+            if tensor is not None
+        }
+        self.peak = max(self.peak, sum(storages.values()))
+        return result
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_workspace_is_the_formula_and_does_not_grow_with_the_batch(
+    method: Any, shape: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chains, "matrices_at_once", lambda *args: size)
+    x_BMN = batch(12, *shape)
+    gc.collect()
+    with Allocations() as counted:
+        iterate_(x_BMN, Chain(method, "torch", ROWS))
+    # The batch itself is among the storages once an operation has returned a view of it.
+    allowed = workspace_bytes(shape, size, torch.float32) + x_BMN.nbytes
+    assert allowed - x_BMN.nbytes < counted.peak <= allowed
+
+
+def test_workspace_of_moonlights_matrices_is_small() -> None:
+    """The bar of issue 10 is 2 GiB, the stretch 0.5 GiB; all stacked they would take 13.5 GB."""
+    device, half = torch.device("cuda"), torch.float16
+    shapes = ((1408, 2048), (2048, 1408), (2816, 2048), (11264, 2048), (3072, 2048), (576, 2048))
+    shapes += ((4096, 512), (2048, 2048), (64, 2048))
+    for shape in shapes:
+        size = chains.matrices_at_once(shape, half, device)
+        assert graphs.block_bytes(shape, size, half) <= 2**28, shape
+    assert chains.matrices_at_once((1408, 2048), half, device) == 3
+    assert chains.matrices_at_once((11264, 2048), half, device) == 1
+    assert chains.matrices_at_once((64, 2048), half, device) > 100
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_chunks_give_the_same_as_one_matrix_at_a_time(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x_BMN = batch(5, 24, 40)
+    whole = x_BMN.clone()
+    orthogonalize_normal_(whole, method=method)
+    monkeypatch.setattr(chains, "matrices_at_once", lambda *args: 2)
+    parts = x_BMN.clone()
+    orthogonalize_normal_(parts, method=method)
+    # Library kernels depend on the batch size: float32 rounding times the polynomial's gain.
+    assert float((whole - parts).norm() / whole.norm()) < 485 * 2.0**-24
+    assert not torch.equal(parts, x_BMN)
+
+
+def test_an_empty_batch_is_left_alone() -> None:
+    assert orthogonalize(torch.zeros(0, 4, 6)).shape == (0, 4, 6)
+
+
+class RecordedGraph:
+    """Stands in for a CUDA graph: replaying runs the recorded function on its fixed buffers."""
+
+    def __init__(self, run: Any) -> None:
+        self.replay = run
+
+
+class CpuGraphs(graphs.GraphCache):
+    """A cache that records on a CPU, and counts what it records."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__(torch.device("cpu"))
+        self.num_recorded = 0
+        self.fails = fails
+
+    def _record(self, run: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        self.num_recorded += 1
+        return RecordedGraph(run)
+
+    def _on_own_stream(self) -> Any:
+        return warnings.catch_warnings()
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_replays_give_what_the_chain_gives(method: Any) -> None:
+    chain, cache = Chain(method, "torch", ROWS), CpuGraphs()
+    for shape in ((5, 24, 40), (5, 40, 24), (2, 16, 64)):
+        x_BMN = batch(*shape)
+        expected = x_BMN.clone()
+        for part in expected.split(2):
+            chains.run_chain_(part, chain, chains.create_workspace(part))
+        for _ in range(2):  # the second time from graphs alone
+            found = x_BMN.clone()
+            graphs.replay_(found, chain, 2, cache)
+            assert torch.equal(found, expected)
+    assert cache.num_recorded == len({(2, 24, 40), (1, 24, 40), (2, 40, 24), (1, 40, 24), (2, 16)})
+
+
+def test_all_graphs_share_one_block_as_large_as_the_largest_needs() -> None:
+    chain, cache = Chain("gram", "torch", ROWS), CpuGraphs()
+    for shape in ((4, 16, 24), (4, 48, 64), (4, 16, 24)):  # the block grows in between
+        x_BMN = batch(*shape)
+        expected = x_BMN.clone()
+        chains.run_chain_(expected, chain, chains.create_workspace(expected))
+        graphs.replay_(x_BMN, chain, 4, cache)
+        assert torch.equal(x_BMN, expected)
+    assert cache.block.numel() <= graphs.block_bytes((48, 64), 4, torch.float32)
+    assert cache.num_recorded == 3  # the small one twice: its first place is gone
+    storages = {item.x_BMN.untyped_storage().data_ptr() for item in cache.captured.values()}
+    assert storages == {cache.block.untyped_storage().data_ptr()}
+
+
+def test_a_failed_capture_says_so_once_and_goes_on_without() -> None:
+    chain, cache = Chain("gram", "torch", ROWS), CpuGraphs(fails=True)
+    x_BMN = batch(3, 16, 24)
+    expected = x_BMN.clone()
+    for part in expected.split(2):
+        chains.run_chain_(part, chain, chains.create_workspace(part))
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
+        graphs.replay_(x_BMN, chain, 2, cache)
+    assert torch.equal(x_BMN, expected)
+
+
+def test_products_are_counted_as_published() -> None:
+    assert count_products("standard") == (5, 5, 5)
+    assert count_products("gram") == (2, 14, 2)
+
+
+def test_torch_products_stay_until_both_are_measured() -> None:
+    chosen = choose_iteration(1408, 2048, H100)
+    assert (chosen.method, chosen.products) == ("standard", "torch")
+    assert "symmetric not measured on NVIDIA H100" in chosen.reason
+    assert "no GPU" in choose_iteration(1408, 2048, None).reason
+    assert "torch and symmetric not measured" in choose_iteration(1408, 2048, "NVIDIA B200").reason
+    assert "torch and symmetric not measured" in choose_iteration(4096, 4096, H100).reason
+
+
+def test_measured_rates_decide_where_both_are_there() -> None:
+    rates = {
+        **RATES,
+        MeasuredAt("H100", "symmetric", 2048): Rates(945, 872, 619, "made up"),
+        MeasuredAt("H100", "symmetric", 640): Rates(300, 250, 619, "made up"),
+    }
+    experts = choose_iteration(1408, 2048, H100, rates=rates)
+    assert (experts.method, experts.products) == ("gram", "symmetric")
+    assert "us gram by symmetric" in experts.reason
+    small = choose_iteration(576, 2048, H100, rates=rates)
+    assert small.products == "torch"
+    # 64 x 1408x2048 by cuBLAS: 5 x (0.76 + 0.54 + 0.84) ms.
+    torch_rates = RATES[MeasuredAt("H100", "torch", 2048)]
+    seconds = 64 * predicted_seconds("standard", 1408, 2048, torch_rates)
+    assert seconds == pytest.approx(5 * (0.76 + 0.54 + 0.84) * 1e-3, rel=0.01)
+
+
+def test_a_named_method_keeps_the_chosen_products() -> None:
+    cpu = torch.device("cpu")
+    chosen = resolve_iteration((24, 40), cpu, torch.float32, method="gram", products="symmetric")
+    assert (chosen.method, chosen.products) == ("gram", "symmetric")
+    in_bfloat16 = resolve_iteration((16, 128), cpu, torch.bfloat16)
+    assert in_bfloat16.method == "standard"
