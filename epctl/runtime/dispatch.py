@@ -11,6 +11,7 @@ also says how many choices are coming: the experts take memory for those, not fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -44,28 +45,80 @@ class Dispatched(NamedTuple):
     splits: RowSplits
 
 
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, splits: RowSplits) -> Tensor:
-        ctx.splits = splits
-        return _all_to_all(rows, splits)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(gradients[0], ctx.splits.reversed()), None
-
-
 def _all_to_all(rows: Tensor, splits: RowSplits) -> Tensor:
-    received = rows.new_empty(sum(splits.received), *rows.shape[1:])
-    dist.all_to_all_single(
-        received, rows.contiguous(), splits.received, splits.sent, group=splits.group
-    )
+    received, work = _start(rows, splits)
+    work.wait()
     return received
 
 
-def exchange_rows(rows: Tensor, splits: RowSplits) -> Tensor:
-    """Returns the rows sent to this rank, in the order of their source ranks; differentiable."""
-    return cast(Tensor, _ExchangeRows.apply(rows, splits))  # type: ignore[no-untyped-call]
+def _start(rows: Tensor, splits: RowSplits) -> tuple[Tensor, dist.Work]:
+    """Returns where rows will arrive, and what to wait for; c10d keeps `rows` until then."""
+    received = rows.new_empty(sum(splits.received), *rows.shape[1:])
+    work = dist.all_to_all_single(
+        received, rows.contiguous(), splits.received, splits.sent, group=splits.group, async_op=True
+    )
+    assert work is not None
+    return received, work
+
+
+class _Travel:
+    """An exchange under way: one half of it starts it, the other waits and takes what came."""
+
+    def __init__(self, splits: RowSplits) -> None:
+        self.splits = splits
+        self.under_way: tuple[Tensor, dist.Work] | None = None
+
+    def start(self, rows: Tensor, splits: RowSplits) -> None:
+        self.under_way = _start(rows, splits)
+
+    def arrive(self) -> Tensor:
+        assert self.under_way is not None
+        received, work = self.under_way
+        self.under_way = None
+        work.wait()
+        return received
+
+
+class _StartExchange(torch.autograd.Function):
+    """Backward runs after that of everything computed meanwhile: autograd goes newest first."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        travel.start(rows, travel.splits)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.travel.arrive(), None
+
+
+class _FinishExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel, ctx.sent_shape = travel, rows.shape
+        return travel.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.travel.start(gradients[0], ctx.travel.splits.reversed())
+        # Its values are read by nobody: the gradient is what arrives.
+        return gradients[0].new_empty(1).expand(ctx.sent_shape), None
+
+
+def exchange_rows(
+    rows: Tensor, splits: RowSplits, meanwhile: Callable[[], None] | None = None
+) -> Tensor:
+    """Returns the rows sent to this rank, in the order of their source ranks; differentiable.
+
+    Args:
+        meanwhile: called while rows travel; its backward too runs while gradients travel back.
+    """
+    travel = _Travel(splits)
+    started = _StartExchange.apply(rows, travel)  # type: ignore[no-untyped-call]
+    if meanwhile is not None:
+        meanwhile()
+    return cast(Tensor, _FinishExchange.apply(started, travel))  # type: ignore[no-untyped-call]
 
 
 class _ExchangeChoices(torch.autograd.Function):
@@ -150,6 +203,7 @@ def dispatch(
     num_local_experts: int,
     group: dist.ProcessGroup,
     max_rows: int | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Dispatched:
     """Sends each token once to each rank that holds one of its experts.
 
@@ -157,6 +211,7 @@ def dispatch(
         experts_TK: global expert ids, int64; -1 for a choice that was dropped.
         weights_TK: router weights, float32; the gradient flows back through the exchange.
         max_rows: rows that this rank takes at most.
+        meanwhile: called while tokens travel.
 
     Raises ResourceError if more rows than `max_rows` are on their way, before they arrive.
     """
@@ -165,8 +220,8 @@ def dispatch(
     _require_room(splits, max_rows, x_TD.shape[0])
     rank_S, token_S = choices_TP.t().nonzero(as_tuple=True)
     local_SK = local_expert_ids(experts_TK[token_S], rank_S, num_local_experts)
-    x_RD = exchange_rows(x_TD[token_S], splits)
     experts_RK, weights_RK = exchange_choices(local_SK, weights_TK[token_S], splits)
+    x_RD = exchange_rows(x_TD[token_S], splits, meanwhile)
     return Dispatched(x_RD, experts_RK, weights_RK, num_held, token_S, splits)
 
 

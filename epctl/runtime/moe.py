@@ -21,6 +21,7 @@ from epctl.runtime.mesh import Mesh
 from epctl.runtime.moe_rules import ExpertShape, RouterRule
 from epctl.runtime.profile import annotate
 from epctl.runtime.recompute import recomputing
+from epctl.runtime.shared_experts import EarlyShared, run_shared_early
 
 if TYPE_CHECKING:
     from epctl.runtime.balance import DispatchLimits, RouterLosses
@@ -120,6 +121,7 @@ class LocalExperts(nn.Module):
     w3: nn.Parameter
     w2: nn.Parameter
     limits: DispatchLimits | None = None
+    shared: EarlyShared | None = None
 
     def __init__(self, shape: ExpertShape, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
@@ -150,10 +152,15 @@ class LocalExperts(nn.Module):
             with annotate("experts"):
                 return self.compute(x_TD, experts_TK, weights_TK)
         assert self.ep_group is not None
-        max_rows = None if limits is None else limits.max_rows
         with annotate("dispatch"):
             sent = dispatch(
-                x_TD, experts_TK, weights_TK, self.num_local_experts, self.ep_group, max_rows
+                x_TD,
+                experts_TK,
+                weights_TK,
+                self.num_local_experts,
+                self.ep_group,
+                max_rows=None if limits is None else limits.max_rows,
+                meanwhile=None if self.shared is None else self.shared.run_ahead,
             )
         with annotate("experts"):
             y_RD = self.compute(sent.x_RD, sent.experts_RK, sent.weights_RK, sent.num_held)
@@ -250,6 +257,8 @@ def expert_parallel(
     layer = layer_class.__new__(layer_class)
     layer.__dict__.update(block.__dict__)
     layer.experts = LocalExperts(shape, mesh, dtype)
+    if mesh.ep_size > 1:
+        layer.experts.shared = run_shared_early(layer)
     setattr(layer, router_name, router)
     layer.local_experts = mesh.local_experts(shape.num_experts)
     seams.mark_expert_layer(layer, mesh, shape.num_experts)

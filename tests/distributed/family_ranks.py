@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def run_family(folder: Path, output: Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def main(folder: Path, families: list[str]) -> None:
+    warnings.filterwarnings("error", message="shared experts ran twice")
     torch.set_num_threads(1)
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
     mesh = seams.create_mesh(dist.get_world_size())

@@ -128,8 +128,8 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 def check_held_counts() -> None:
     """The kernels take memory for as many choices as the exchange of counts announced."""
 
-    def checked(*arguments: Any) -> Dispatched:
-        sent = dispatch(*arguments)
+    def checked(*arguments: Any, **options: Any) -> Dispatched:
+        sent = dispatch(*arguments, **options)
         held = int((sent.experts_RK >= 0).sum())
         assert sent.num_held == held, (sent.num_held, held)
         return sent

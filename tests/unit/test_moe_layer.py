@@ -9,6 +9,7 @@ import torch
 from parity_ranks import tiny_config
 from torch import nn
 
+from epctl.runtime import moe
 from epctl.runtime.build import materialize, meta_model
 from epctl.runtime.dispatch import local_expert_ids
 from epctl.runtime.mesh import Mesh
@@ -142,3 +143,21 @@ def test_router_scores_in_float32_for_bfloat16_models() -> None:
     torch.testing.assert_close(
         weights.double().sort().values, expected.sort().values, rtol=1e-5, atol=1e-6
     )
+
+
+def test_shared_experts_run_while_tokens_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, two_ranks = tiny_config(), Mesh(rank=0, num_ranks=2, ep_size=2, ep_rank=0)
+    model = meta_model(config, torch.float32)
+    swap_moe_blocks(model, config, two_ranks, torch.float32)
+    layer = model.get_submodule("model.layers.1.mlp")
+    layer.experts.ep_group = object()
+    seen = []
+
+    def travel(x_TD: torch.Tensor, *_: object, meanwhile: object, **__: object) -> None:
+        seen.append(meanwhile)
+        raise InterruptedError
+
+    monkeypatch.setattr(moe, "dispatch", travel)
+    with pytest.raises(InterruptedError):
+        layer(torch.empty(2, 3, 32, device="meta"))
+    assert seen == [layer.experts.shared.run_ahead]
