@@ -52,6 +52,7 @@ from epctl.output import out, set_mode
         "epctl train --ep 2 --sp 2 --steps 20 --set train.sequence_length=2048",
         "epctl train moonshotai/Moonlight-16B-A3B --data chats.jsonl --ep 8 --epochs 2",
         "epctl train ./moonlight --data chats.jsonl --ep 8 --check --check-layers 2",
+        "epctl train ./Qwen2.5-VL-7B-Instruct --data image-chats.jsonl --sp 2",
         "epctl train --resume runs/first --steps 400",
         "epctl train --resume auto -o runs/night --ep 4 --set checkpoint.every=30min",
         "epctl train -o /shared/run --ep 8 --nnodes 2 --node-rank 1 --rdzv node0:29500",

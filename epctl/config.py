@@ -67,6 +67,18 @@ class DataSection(Section):
     messages_key: str = Field(
         "messages", description="key of the chat in jsonl and parquet records"
     )
+    images_key: str = Field("images", description="key of a chat's images")
+    videos_key: str = Field("videos", description="key of a chat's videos")
+    max_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="pixels of an image; larger ones are scaled down; default: the model's",
+    )
+    max_frame_pixels: int = Field(
+        602_112, ge=1, description="the same for a frame of a video (768 tokens of 28 x 28 pixels)"
+    )
+    video_fps: float = Field(2.0, gt=0, description="frames taken of a second of video")
+    max_frames: int = Field(64, ge=1, description="frames of a video; more are thinned out")
     split: str = Field("train", description="split of a hub dataset")
     eval_split: str = Field("validation", description="split of a hub dataset in `eval`")
     packing: bool = Field(True, description="several documents a sequence, attention kept apart")

@@ -69,18 +69,18 @@ def require_trainable(layout: ModelLayout) -> None:
             "training needs bfloat16 or float32 weights",
             hint=dequantize_hint(layout.id),
         )
-    if moe is None:
+    if moe is None and layout.vision is None:
         raise LayoutError(
             f"`{layout.id}` (model_type `{layout.model_type}`) has no routed experts; `epctl "
-            "train` trains Mixture-of-Experts language models",
+            "train` trains Mixture-of-Experts and vision-language models",
             hint=f"`epctl inspect {layout.id}` shows what is known of it",
         )
     layout.require_trainable()
-    if layout.vision is not None:
+    if layout.vision is not None and layout.decoder is None:
         raise LayoutError(
-            f"`{layout.id}` has a vision tower (`{layout.vision.tower_prefix}`); `epctl train` "
-            "trains language models alone",
-            hint="train the text model, if the family publishes one",
+            f"`{layout.id}` is a vision tower (`{layout.vision.tower_prefix or '(top)'}`) without "
+            "a decoder; `epctl train` trains on text that is said of images",
+            hint="train a vision-language model that holds such a tower",
         )
 
 

@@ -228,8 +228,10 @@ def data_line(event: Event) -> str:
     """Returns what the data came to."""
     dataset = f"{event['dataset']}, " if event.get("dataset") else ""
     share = event["targets"] / max(1, event["tokens"])
+    counts = ((event.get(kind, 0), kind) for kind in ("images", "videos"))
+    visuals = "".join(f"{count:,} {kind}, " for count, kind in counts if count)
     return (
-        f"data: {dataset}{event['documents']:,} documents ({event['format']}), "
+        f"data: {dataset}{event['documents']:,} documents ({event['format']}), {visuals}"
         f"{format_count(event['tokens'])} tokens, {share:.0%} of them "
         f"targets, {event['rows']:,} sequences and {event['held_out_rows']:,} held out"
     )
@@ -290,6 +292,23 @@ def _sequence(event: Event) -> str:
     return f"sp {size}, " if size > 1 else ""
 
 
+def _experts(event: Event) -> str:
+    if not event["num_experts"]:
+        return "no routed experts"
+    return (
+        f"{event['num_experts']} experts, top-{event['top_k']}, route scale {event['route_scale']}"
+    )
+
+
+def _local_experts_row(event: Event) -> list[tuple[str, str]]:
+    if not event["num_experts"]:
+        return []
+    parameters = format_count(event["num_expert_parameters_rank"])
+    return [
+        ("on each rank", f"{event['num_local_experts']} experts a layer ({parameters} parameters)")
+    ]
+
+
 def _plan_rows(event: Event) -> list[tuple[str, str]]:
     bytes_total = (
         event["bytes_parameters"] + event["bytes_masters"] + event["bytes_optimizer_state"]
@@ -297,9 +316,7 @@ def _plan_rows(event: Event) -> list[tuple[str, str]]:
     return [
         (
             "model",
-            f"{event['architecture']}, {event['num_layers']} layers, "
-            f"{event['num_experts']} experts, top-{event['top_k']}, "
-            f"route scale {event['route_scale']}",
+            f"{event['architecture']}, {event['num_layers']} layers, {_experts(event)}",
         ),
         (
             "parallel",
@@ -308,11 +325,7 @@ def _plan_rows(event: Event) -> list[tuple[str, str]]:
             f"{event['dtype']}",
         ),
         ("parameters", f"{format_count(event['num_parameters'])} in all"),
-        (
-            "on each rank",
-            f"{event['num_local_experts']} experts a layer "
-            f"({format_count(event['num_expert_parameters_rank'])} parameters)",
-        ),
+        *_local_experts_row(event),
         (
             "Muon",
             f"{format_count(event['num_muon'])} parameters in "

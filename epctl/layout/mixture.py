@@ -101,7 +101,11 @@ def _untrainable(evidence: Evidence, expert_hidden_size: int) -> str | None:
         )
     if family is None:
         return None
-    of_type = (family.untrainable_types.get(kind) for kind in evidence.types)
+    types = evidence.types
+    if family.vision and types and types[-1] in family.model_types:
+        # The whole model has a class of its own, whatever its text part is called.
+        types = types[-1:]
+    of_type = (family.untrainable_types.get(kind) for kind in types)
     return family.untrainable or next((reason for reason in of_type if reason), None)
 
 

@@ -18,6 +18,7 @@ from epctl.runtime.mesh import Mesh, validate_expert_parallel
 from epctl.runtime.moe import ExpertParallelMoE
 from epctl.runtime.moe_blocks import count_experts, swap_moe_blocks
 from epctl.runtime.names import hub_tensors
+from epctl.runtime.native_config import auto_class
 from epctl.runtime.trainable import select_trainable
 from epctl.runtime.weights import WeightSource
 
@@ -36,7 +37,7 @@ def build_model(
     """Returns the model with this rank's experts and weights from `weights`.
 
     Args:
-        config: a transformers config of a causal language model with routed experts.
+        config: a transformers config of a causal language model, with a vision tower or without.
         swap: false keeps transformers' blocks with all experts, for DeepSpeed's own AutoEP.
         zero3_config: the DeepSpeed config when parameters are to be partitioned (ZeRO-3).
         trainable: what is trained; see `select_trainable`.
@@ -63,10 +64,8 @@ def build_model(
 
 def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """Returns transformers' own class for `config` without any memory behind it."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = auto_class(config).from_config(config, dtype=dtype)
     return model
 
 

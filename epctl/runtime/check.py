@@ -54,7 +54,7 @@ def open_cut_model(config: RunConfig, run_folder: Path) -> TrainingModel:
     """
     model = open_training_model(config, run_folder)
     kept = cut_depth(model.config, config.check.num_layers)
-    num_dense = min(model.moe.layers)
+    num_dense = min(model.moe.layers) if model.moe is not None else 0
     if kept <= num_dense:
         raise ConfigError(
             f"`--check-layers {kept}` leaves no experts: the first {num_dense} layers are dense",
@@ -118,7 +118,7 @@ def compare_asked(
 def _facts(config: RunConfig, mesh: Mesh, model: TrainingModel) -> dict[str, object]:
     return {
         "model": model.name,
-        "num_layers": model.config.num_hidden_layers,
+        "num_layers": model.num_layers,
         "num_ranks": mesh.num_ranks,
         "ep": mesh.ep_size,
         "zero": config.parallel.zero,

@@ -9,6 +9,7 @@ import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,3 +93,6 @@ class ByteData:
 
     def prompt(self, num_tokens: int) -> list[int]:
         return [int(byte) for byte in self.corpus.held_out[:num_tokens]]
+
+    def prompt_inputs(self, num_tokens: int) -> dict[str, Any]:
+        return {}

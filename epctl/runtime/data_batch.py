@@ -5,7 +5,8 @@ Shape suffixes: B sequences, S tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +18,17 @@ from epctl.runtime.data_packing import IGNORED, PackedRows, RowOrder
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids, targets (`IGNORED` where none) and positions that restart at each document."""
+    """Token ids, targets (`IGNORED` where none) and positions that restart at each document.
+
+    Attributes:
+        positions_BS: [B, S], or [4, B, S] with rotary positions below.
+        visuals: pixels and grids, by the names that the model's forward gives them.
+    """
 
     ids_BS: Tensor
     labels_BS: Tensor
     positions_BS: Tensor | None = None
+    visuals: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_ids(cls, ids_BS: Tensor) -> Batch:
@@ -34,6 +41,7 @@ class Batch:
             self.ids_BS.to(device),
             self.labels_BS.to(device),
             None if positions_BS is None else positions_BS.to(device),
+            {name: value.to(device) for name, value in self.visuals.items()},
         )
 
     @property
@@ -47,8 +55,14 @@ class Batch:
         Without `use_cache=False` transformers makes a cache, and with one it does not look for
         document boundaries: every document would attend to those before it.
         """
-        inputs = {"input_ids": self.ids_BS, "labels": self.labels_BS, "use_cache": False}
-        return inputs | ({} if self.positions_BS is None else {"position_ids": self.positions_BS})
+        inputs: dict[str, Any] = {
+            "input_ids": self.ids_BS,
+            "labels": self.labels_BS,
+            "use_cache": False,
+        }
+        if self.positions_BS is not None:
+            inputs["position_ids"] = self.positions_BS
+        return {**inputs, **self.visuals}
 
 
 class TrainingData(Protocol):
@@ -64,6 +78,9 @@ class TrainingData(Protocol):
 
     def prompt(self, num_tokens: int) -> list[int]:
         """Returns the beginning of a held-out document."""
+
+    def prompt_inputs(self, num_tokens: int) -> dict[str, Any]:
+        """Returns what the model is given beside that prompt's ids: its images."""
 
 
 class PackedData:
@@ -84,14 +101,22 @@ class PackedData:
         self.order = RowOrder(len(train), seed, shuffle=shuffle, window=window)
 
     def train_batch(self, first: int, count: int) -> Batch:
-        return _stack(self.train, [self.order.row_at(first + n) for n in range(count)])
+        return self.batch_of(self.train, [self.order.row_at(first + n) for n in range(count)])
 
     def held_out_batch(self, first: int, count: int) -> Batch:
-        return _stack(self.held_out, [(first + n) % len(self.held_out) for n in range(count)])
+        rows = self.held_out
+        return self.batch_of(rows, [(first + n) % len(rows) for n in range(count)])
+
+    def batch_of(self, rows: PackedRows, indices: list[int]) -> Batch:
+        """Returns the batch of chosen rows."""
+        return _stack(rows, indices)
 
     def prompt(self, num_tokens: int) -> list[int]:
         ids = self.held_out[0].ids_S
         return [int(i) for i in ids[: min(num_tokens, len(ids) // 2)]]
+
+    def prompt_inputs(self, num_tokens: int) -> dict[str, Any]:
+        return {}
 
 
 def _stack(rows: PackedRows, indices: list[int]) -> Batch:

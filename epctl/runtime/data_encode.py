@@ -7,21 +7,30 @@ the template is the tokenizer's own, so a row is what the model will see when it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from epctl.errors import InputError
+from epctl.runtime.visual_records import StoredVisual
 
 
 class Encoded(NamedTuple):
-    """Token ids of a document; `trained` is None when all of them are."""
+    """Token ids of a document, its images; `trained` is None when all of them are."""
 
     ids: list[int]
     trained: list[bool] | None
+    visuals: tuple[StoredVisual, ...] = ()
 
 
 class Encoder(Protocol):
-    def __call__(self, record: Mapping[str, Any], where: str) -> Encoded:
-        """Returns the document; raises InputError, naming `where`, for a record that is none."""
+    def __call__(
+        self, record: Mapping[str, Any], where: str, folder: Path | None = None
+    ) -> Encoded:
+        """Returns the document; raises InputError, naming `where`, for a record that is none.
+
+        Args:
+            folder: what paths in the record are relative to.
+        """
 
 
 class TextEncoder:
@@ -31,7 +40,9 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.key = key
 
-    def __call__(self, record: Mapping[str, Any], where: str) -> Encoded:
+    def __call__(
+        self, record: Mapping[str, Any], where: str, folder: Path | None = None
+    ) -> Encoded:
         text = record.get(self.key)
         if not isinstance(text, str):
             raise _wrong_record(record, where, self.key, "text", "data.text_key")
@@ -60,10 +71,10 @@ class ChatEncoder:
         self.key = key
         self.marks_generation = "{% generation" in str(tokenizer.chat_template)
 
-    def __call__(self, record: Mapping[str, Any], where: str) -> Encoded:
-        messages = record.get(self.key)
-        if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
-            raise _wrong_record(record, where, self.key, "a list of messages", "data.messages_key")
+    def __call__(
+        self, record: Mapping[str, Any], where: str, folder: Path | None = None
+    ) -> Encoded:
+        messages = self.messages(record, where)
         tools = record.get("tools")
         if self.marks_generation:
             return self._by_template(messages, tools)
@@ -74,6 +85,13 @@ class ChatEncoder:
             ids += piece
             trained += [is_trained] * len(piece)
         return Encoded(ids, trained)
+
+    def messages(self, record: Mapping[str, Any], where: str) -> list[Any]:
+        """Returns the record's messages; raises InputError if it has none."""
+        messages = record.get(self.key)
+        if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
+            raise _wrong_record(record, where, self.key, "a list of messages", "data.messages_key")
+        return messages
 
     def segments(self, messages: list[Any], tools: Any, where: str) -> list[tuple[str, bool]]:
         """Returns the rendered chat as (text, is the assistant's) pieces, in order."""

@@ -12,12 +12,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from epctl.errors import InputError
 from epctl.launch.dataset_reference import PinnedDataset
 
-Record = tuple[str, Mapping[str, Any]]  # where it stands, for messages; what it says
+
+class Record(NamedTuple):
+    """A record, where it stands (for messages), and what paths in it are relative to."""
+
+    where: str
+    values: Mapping[str, Any]
+    folder: Path | None = None
+
+
 NumberedRecord = tuple[int, Record]
 
 TEXT_KEY = "text"
@@ -54,7 +62,7 @@ class FileRecords:
         for path in self.files:
             for record in _file_records(path, self.text_key):
                 if number >= first and (number - first) % step == 0:
-                    yield number, record
+                    yield number, record._replace(folder=path.parent)
                 number += 1
 
 
@@ -116,7 +124,7 @@ def _file_records(path: Path, text_key: str) -> Iterator[Record]:
     elif suffix in JSON_SUFFIXES:
         yield from _json_records(path)
     else:
-        yield f"`{path}`", {text_key: _read_text(path)}
+        yield Record(f"`{path}`", {text_key: _read_text(path)})
 
 
 def _read_text(path: Path) -> str:
@@ -147,12 +155,13 @@ def _json_list(path: Path) -> Iterator[Record]:
     except json.JSONDecodeError as error:
         raise InputError(f"`{path}` is not JSON: {error}") from None
     for number, value in enumerate(values, start=1):
-        yield f"`{path}` record {number}", _mapping(f"`{path}` record {number}", value)
+        where = f"`{path}` record {number}"
+        yield Record(where, _mapping(where, value))
 
 
 def _checked(where: str, line: bytes) -> Record:
     try:
-        return where, _mapping(where, json.loads(line))
+        return Record(where, _mapping(where, json.loads(line)))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{where} is not JSON: {error}") from None
 
@@ -169,7 +178,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
     try:
         rows = load("parquet", data_files=str(path), split="train", streaming=True)
         for number, record in enumerate(rows, start=1):
-            yield f"`{path}` row {number}", record
+            yield Record(f"`{path}` row {number}", record)
     except InputError:
         raise
     except Exception as error:  # `datasets` and pyarrow have many, of no common base

@@ -13,7 +13,7 @@ from typing import Any
 
 from epctl.errors import ConfigError, EpctlError, HubError, InputError
 from epctl.launch.dataset_reference import LOCAL_HINT, PinnedDataset
-from epctl.runtime.data_files import NumberedRecord, first_line
+from epctl.runtime.data_files import NumberedRecord, Record, first_line
 
 # More would be more open connections for a run on few ranks; fewer would make ranks share.
 MAX_LANES = 16
@@ -45,7 +45,7 @@ class HubRecords:
                     continue
                 number = first + (place if self.dataset.streaming else place * step)
                 where = f"lane {lane} record" if self.num_lanes > 1 else "record"
-                yield number, (f"dataset `{self.dataset}` {where} {number + 1}", record)
+                yield number, Record(f"dataset `{self.dataset}` {where} {number + 1}", record)
 
     @cached_property
     def _rows(self) -> Any:

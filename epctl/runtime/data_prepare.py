@@ -22,7 +22,6 @@ from epctl.runtime.data_batch import PackedData
 from epctl.runtime.data_encode import ChatEncoder, Encoder, TextEncoder
 from epctl.runtime.data_files import NumberedRecord, RecordSource, find_records
 from epctl.runtime.data_packing import (
-    Documents,
     PackedRows,
     chopped_spans,
     stream_spans,
@@ -38,6 +37,11 @@ from epctl.runtime.data_store import (
 )
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.run_settings import num_steps, rows_per_step
+from epctl.runtime.visual_encode import VisualChatEncoder, VisualLimits
+from epctl.runtime.visual_files import VisualFiles
+from epctl.runtime.visual_processor import VisualProcessor
+from epctl.runtime.visual_records import Columns
+from epctl.runtime.visual_rows import VisualData, VisualReader, usable_lengths, without_empty
 
 MANIFEST = "manifest.json"
 
@@ -54,6 +58,8 @@ class DataFacts:
     held_out_rows: int
     truncated: int
     without_target: int
+    images: int
+    videos: int
     dataset: str | None
 
 
@@ -85,28 +91,39 @@ class Manifest:
 
 
 def load_data(
-    config: RunConfig, folder: Path, mesh: Mesh, tokenizer: Any, vocab_size: int
+    config: RunConfig,
+    folder: Path,
+    mesh: Mesh,
+    tokenizer: Any,
+    vocab_size: int,
+    processor: VisualProcessor | None = None,
 ) -> tuple[PackedData, DataFacts]:
     """Returns the data of a run, tokenised into `folder` unless it already is.
 
     Hub datasets are read at the commits that the launcher pinned beside `folder`.
+
+    Args:
+        processor: of a model that takes images; `messages` records may then hold some.
 
     Raises InputError (and HubError) for data that is missing, damaged or too little.
     """
     data = config.data
     pinned = read_datasets(folder.parent)
     manifest = Manifest.read(folder)
-    if manifest is not None and manifest.settings != _stored_settings(data):
+    stored = _stored_settings(data)
+    # Settings that are newer than the run had their defaults then.
+    if manifest is not None and _stored_settings(DataSection()) | manifest.settings != stored:
         raise ConfigError(
             f"`{folder}` holds tokens of other data: {manifest.settings}",
             hint="resume with the run's own `--data` settings, or start a new run",
         )
     source = training_source(data, pinned.get("train"))
     if manifest is None:
-        manifest = Manifest(_stored_settings(data), _format_on_rank_0(data, source, mesh))
+        manifest = Manifest(stored, _format_on_rank_0(data, source, mesh))
     wanted = _tokens_wanted(config, mesh, source, manifest.format)
+    reader = _visual_reader(config, folder, processor) if manifest.format == "messages" else None
     if not _is_enough(manifest, wanted):
-        encoder = _encoder(data, manifest.format, tokenizer)
+        encoder = _encoder(config, manifest.format, tokenizer, reader)
         manifest = _prepare(config, folder, mesh, source, encoder, vocab_size, manifest, wanted)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     train, held_out = _rows(config, folder, manifest, pad_id)
@@ -121,13 +138,13 @@ def load_data(
         held_out_rows=len(held_out),
         truncated=int((lengths > train.length).sum()) if manifest.format == "messages" else 0,
         without_target=counts.without_target,
+        images=counts.images,
+        videos=counts.videos,
         dataset=str(pinned["train"]) if "train" in pinned else None,
     )
     window = data.shuffle_window if source.in_part else None
-    return (
-        PackedData(train, held_out, config.train.seed, shuffle=data.shuffle, window=window),
-        facts,
-    )
+    packed = PackedData(train, held_out, config.train.seed, shuffle=data.shuffle, window=window)
+    return packed if reader is None else VisualData.of(packed, reader), facts
 
 
 def _stored_settings(data: DataSection) -> dict[str, Any]:
@@ -153,12 +170,34 @@ def _format_on_rank_0(data: DataSection, source: RecordSource, mesh: Mesh) -> st
 
 
 def _format(data: DataSection, source: RecordSource) -> str:
-    for _, (_, record) in source.records():
-        return "messages" if data.messages_key in record else "text"
+    for _, record in source.records():
+        return "messages" if data.messages_key in record.values else "text"
     raise InputError(f"`--data {' '.join(data.train)}` holds no record")
 
 
-def _encoder(data: DataSection, kind: str, tokenizer: Any) -> Encoder:
+def _visual_reader(
+    config: RunConfig, folder: Path, processor: VisualProcessor | None
+) -> VisualReader | None:
+    if processor is None:
+        return None
+    data = config.data
+    limits = VisualLimits(
+        config.train.sequence_length,
+        data.max_pixels,
+        data.max_frame_pixels,
+        data.video_fps,
+        data.max_frames,
+    )
+    return VisualReader(processor, VisualFiles(folder), limits)
+
+
+def _encoder(config: RunConfig, kind: str, tokenizer: Any, reader: VisualReader | None) -> Encoder:
+    data = config.data
+    if kind == "messages" and reader is not None:
+        columns = Columns(data.images_key, data.videos_key)
+        return VisualChatEncoder(
+            reader.processor, reader.files, reader.limits, data.messages_key, columns
+        )
     if kind == "messages":
         return ChatEncoder(tokenizer, data.messages_key)
     return TextEncoder(tokenizer, data.text_key)
@@ -308,10 +347,11 @@ def _rows(
 
 
 def _packed(
-    documents: Documents, length: int, kind: str, pad_id: int, *, packing: bool
+    documents: StoredDocuments, length: int, kind: str, pad_id: int, *, packing: bool
 ) -> PackedRows:
     if kind == "messages":
-        spans = whole_spans(documents.lengths, length, packing=packing)
+        usable = usable_lengths(documents, length)
+        spans = without_empty(whole_spans(usable, length, packing=packing))
     elif packing:
         spans = stream_spans(documents.lengths, length)
     else:

@@ -7,6 +7,7 @@ is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from epctl.errors import InputError
 from epctl.runtime.data_encode import Encoded, Encoder
 from epctl.runtime.data_files import Record
 from epctl.runtime.data_packing import Integers
+from epctl.runtime.visual_records import StoredVisual
 
 ID_TYPE = np.int32
 # Fibonacci hashing spreads record numbers evenly, so held-out documents come from all over.
@@ -32,6 +34,8 @@ class StoredCounts:
     tokens: int = 0
     targets: int = 0
     without_target: int = 0
+    images: int = 0
+    videos: int = 0
 
     def __add__(self, other: StoredCounts) -> StoredCounts:
         mine, theirs = vars(self), vars(other)
@@ -39,14 +43,19 @@ class StoredCounts:
 
 
 class DocumentWriter:
-    """Appends documents to `<stem>.ids`, `<stem>.trained` and, at the end, `<stem>.npy`."""
+    """Appends documents to `<stem>.ids`, `.trained`, `.visuals` and, at the end, `.npy`.
+
+    Of images their names and places are stored, as JSON; a row of the table has the record's
+    number, its tokens and the bytes of that JSON.
+    """
 
     def __init__(self, stem: Path) -> None:
         self.stem = stem
         self.counts = StoredCounts()
         self._ids = stem.with_suffix(".ids").open("wb")
         self._trained = stem.with_suffix(".trained").open("wb")
-        self._rows: list[tuple[int, int]] = []
+        self._visuals = stem.with_suffix(".visuals").open("wb")
+        self._rows: list[tuple[int, int, int]] = []
 
     def add(self, number: int, document: Encoded) -> int:
         """Adds the document of record `number`; returns its tokens, 0 for one without a target."""
@@ -59,7 +68,13 @@ class DocumentWriter:
             return 0
         self._ids.write(ids.tobytes())
         self._trained.write(trained.tobytes())
-        self._rows.append((number, len(ids)))
+        visuals = b""
+        if document.visuals:
+            visuals = json.dumps([v.to_document() for v in document.visuals]).encode()
+            self._visuals.write(visuals)
+        self._rows.append((number, len(ids), len(visuals)))
+        self.counts.images += sum(v.modality == "image" for v in document.visuals)
+        self.counts.videos += sum(v.modality == "video" for v in document.visuals)
         self.counts.documents += 1
         self.counts.tokens += len(ids)
         self.counts.targets += int(trained[1:].sum())
@@ -68,7 +83,8 @@ class DocumentWriter:
     def close(self) -> StoredCounts:
         self._ids.close()
         self._trained.close()
-        rows = np.array(self._rows, dtype=np.int64).reshape(-1, 2)
+        self._visuals.close()
+        rows = np.array(self._rows, dtype=np.int64).reshape(-1, 3)
         np.save(self.stem.with_suffix(".npy"), rows, allow_pickle=False)
         return self.counts
 
@@ -82,6 +98,7 @@ class StoredDocuments:
         order = np.argsort(index, kind="stable")
         self._parts = parts
         self._part = np.repeat(np.arange(len(parts)), [len(p.rows) for p in parts])[order]
+        self._row = np.concatenate([np.arange(len(p.rows)) for p in parts])[order]
         self._start = np.concatenate([part.starts for part in parts])[order]
         self.lengths: Integers = np.concatenate([part.rows[:, 1] for part in parts])[order]
 
@@ -91,6 +108,11 @@ class StoredDocuments:
         piece = slice(first + start, first + stop)
         return part.ids[piece], part.trained[piece].astype(bool)
 
+    def visuals(self, document: int) -> tuple[StoredVisual, ...]:
+        """Returns the images and clips of a document, in the order of its tokens."""
+        part = self._parts[int(self._part[document])]
+        return part.visuals_of(int(self._row[document]))
+
 
 class _Part:
     def __init__(self, stem: Path) -> None:
@@ -98,6 +120,19 @@ class _Part:
         self.starts = np.cumsum(self.rows[:, 1]) - self.rows[:, 1]
         self.ids = _memory_map(stem.with_suffix(".ids"), ID_TYPE)
         self.trained = _memory_map(stem.with_suffix(".trained"), np.uint8)
+        has_visuals = self.rows.shape[1] > 2  # older runs stored none
+        sizes = self.rows[:, 2] if has_visuals else np.zeros(len(self.rows), dtype=np.int64)
+        self._ends = np.cumsum(sizes)
+        self._sizes = sizes
+        self._visuals = stem.with_suffix(".visuals")
+
+    def visuals_of(self, row: int) -> tuple[StoredVisual, ...]:
+        size = int(self._sizes[row])
+        if not size:
+            return ()
+        with self._visuals.open("rb") as file:
+            file.seek(int(self._ends[row]) - size)
+            return tuple(map(StoredVisual.from_document, json.loads(file.read(size))))
 
 
 def _memory_map(path: Path, dtype: Any) -> Integers:
@@ -116,8 +151,8 @@ def encode(record: Record, encoder: Encoder, vocab_size: int) -> Encoded:
 
     Raises InputError for a record that is none, or a token id that the model has no row for.
     """
-    where, values = record
-    document = encoder(values, where)
+    where = record.where
+    document = encoder(record.values, where, record.folder)
     highest = max(document.ids, default=0)
     if highest >= vocab_size:
         raise InputError(

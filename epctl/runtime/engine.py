@@ -22,6 +22,7 @@ from epctl.runtime.data_batch import Batch
 from epctl.runtime.guards import StepGuard
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
+from epctl.runtime.native_config import is_visual
 from epctl.runtime.optimizer import MatrixOptimizer
 from epctl.runtime.parameter_groups import parameter_groups, row_blocks
 from epctl.runtime.qk_clip import clip_factors
@@ -41,7 +42,8 @@ def create_engine(
     reason = limit_logits(model, int(config.train.logits_mib * 2**20))
     if reason is not None:
         warnings.warn(f"`train.logits_mib` is ignored: {reason}", stacklevel=2)
-    if config.parallel.sp > 1:
+    if config.parallel.sp > 1 or is_visual(getattr(model, "config", None)):
+        # Of images every rank must run the tower whatever its batch holds, also by itself.
         parallelize(model, create_sequence_group(config.parallel.sp))
     if config.optim.name == "deepspeed-muon":
         return _create_deepspeed_muon(model, config, deepspeed_config)

@@ -6,7 +6,7 @@ other ranks), so ranks sample the same prompt in lockstep.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,16 +36,28 @@ def held_out_loss(engine: Any, batches: Iterable[Batch], sp_size: int = 1) -> fl
 
 @torch.no_grad()
 def sample_continuation(
-    engine: Any, prompt_ids: list[int], num_tokens: int, *, seed: int, temperature: float = 0.7
+    engine: Any,
+    prompt_ids: list[int],
+    num_tokens: int,
+    *,
+    seed: int,
+    temperature: float = 0.7,
+    images: Mapping[str, torch.Tensor] | None = None,
 ) -> list[int]:
-    """Returns `num_tokens` sampled token ids after the prompt, the same on every rank."""
+    """Returns `num_tokens` sampled token ids after the prompt, the same on every rank.
+
+    Args:
+        images: what a vision-language model is given beside the prompt's ids.
+    """
     engine.eval()
+    beside = {name: value.to(engine.device) for name, value in (images or {}).items()}
     generator = torch.Generator().manual_seed(seed)
     ids_1S = torch.tensor([prompt_ids], device=engine.device)
     cache = None
     sampled: list[int] = []
     for _ in range(num_tokens):
-        result = engine(input_ids=ids_1S, past_key_values=cache, use_cache=True)
+        result = engine(input_ids=ids_1S, past_key_values=cache, use_cache=True, **beside)
+        beside = {}
         cache = result.past_key_values
         # A run that diverged still ends in order: what is not finite has no say in the draw.
         scores = result.logits[0, -1].float().cpu().nan_to_num(0.0, 0.0, -1e30) / temperature

@@ -18,9 +18,8 @@ def native_config(values: Mapping[str, Any]) -> Any:
 
     `auto_map` is dropped: saved beside weights without that code it would break loading.
 
-    Raises LayoutError if transformers builds no causal language model of that type.
+    Raises LayoutError if transformers builds no language model of that type.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     stated = str(values.get("model_type"))
@@ -36,14 +35,34 @@ def native_config(values: Mapping[str, Any]) -> Any:
         if key not in ("auto_map", "model_type")
     }
     config = CONFIG_MAPPING[model_type].from_dict(known)
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class = auto_class(config)._model_mapping.get(type(config), None)
     if model_class is None:
         raise LayoutError(f"transformers builds no causal language model of type `{stated}`")
     config.architectures = [model_class.__name__]
-    if getattr(config, "output_router_logits", False):
-        # epctl's router keeps no logits for transformers' balancing loss.
-        config.output_router_logits = False
+    for part in (config, text_config(config)):
+        if getattr(part, "output_router_logits", False):
+            # epctl's router keeps no logits for transformers' balancing loss.
+            part.output_router_logits = False
     return config
+
+
+def auto_class(config: Any) -> Any:
+    """Returns transformers' auto class that builds what trains on `config`, images included."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if is_visual(config) and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def is_visual(config: Any) -> bool:
+    """True for the config of a model with a vision tower."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def text_config(config: Any) -> Any:
+    """Returns the part of a transformers config that describes the decoder."""
+    return config.get_text_config()
 
 
 def _decoded(value: Any) -> Any:
@@ -61,7 +80,8 @@ def config_of(folder: Path) -> Any:
 
 
 def cut_depth(config: Any, num_layers: int | None) -> int:
-    """Reduces a transformers config to its first layers; returns how many are left."""
+    """Reduces a transformers config to its first decoder layers; returns how many are left."""
+    config = text_config(config)
     whole = int(config.num_hidden_layers)
     if num_layers is not None and num_layers < whole:
         for key, value in list(vars(config).items()):

@@ -28,18 +28,19 @@ def plan_of(
     state = count_state_bytes(engine, optimizer)
     sizes = _count_parameters(engine.module)
     total = sizes["dense"] + sizes["expert"] * mesh.ep_size
+    moe = model.moe
     return {
         "model": model.name,
         "revision": model.revision,
         "architecture": type(engine.module).__name__,
-        "num_layers": model.config.num_hidden_layers,
-        "num_experts": model.moe.num_experts,
-        "top_k": model.moe.top_k,
-        "route_scale": model.moe.router.scale,
+        "num_layers": model.num_layers,
+        "num_experts": moe.num_experts if moe else 0,
+        "top_k": moe.top_k if moe else 0,
+        "route_scale": moe.router.scale if moe else None,
         "num_parameters": total,
         "num_parameters_rank": sizes["dense"] + sizes["expert"],
         "num_expert_parameters_rank": sizes["expert"],
-        "num_local_experts": mesh.num_local_experts(model.moe.num_experts),
+        "num_local_experts": mesh.num_local_experts(moe.num_experts) if moe else 0,
         "num_muon": split.num_muon,
         "num_muon_matrices": split.num_muon_matrices,
         "num_owned_matrices": getattr(optimizer, "num_owned_matrices", 0),

@@ -191,8 +191,9 @@ def open_data(
     if config.model.reference is None and not config.data.train:
         corpus = standard_library_corpus()
         return ByteData(corpus, config.train.sequence_length, config.train.seed)
-    vocab_size = model.config.vocab_size
-    data, facts = load_data(config, run_folder / "data", mesh, model.tokenizer, vocab_size)
+    data, facts = load_data(
+        config, run_folder / "data", mesh, model.tokenizer, model.vocab_size, model.visual
+    )
     events.write("data", **vars(facts))
     return data
 

@@ -188,7 +188,10 @@ class TrainLoop:
         if not train.sample_tokens:
             return
         prompt = self.data.prompt(PROMPT_TOKENS)
-        ids = sample_continuation(self.engine, prompt, train.sample_tokens, seed=train.seed)
+        images = self.data.prompt_inputs(PROMPT_TOKENS)
+        ids = sample_continuation(
+            self.engine, prompt, train.sample_tokens, seed=train.seed, images=images
+        )
         self.events.write("sample", when=when, prompt=self._text(prompt), text=self._text(ids))
 
     def _text(self, ids: list[int]) -> str:

@@ -22,7 +22,12 @@ from epctl.runtime import default_model
 from epctl.runtime.build import meta_model
 from epctl.runtime.load import CheckpointWeights, leftover_tensors
 from epctl.runtime.moe_blocks import moe_layout
-from epctl.runtime.native_config import config_of
+from epctl.runtime.native_config import config_of, is_visual, text_config
+from epctl.runtime.visual_processor import (
+    VisualProcessor,
+    copy_processor,
+    load_visual_processor,
+)
 from epctl.runtime.weights import RandomWeights, WeightSource
 
 GENERATION_NAME = "generation_config.json"
@@ -30,15 +35,25 @@ GENERATION_NAME = "generation_config.json"
 
 @dataclass
 class TrainingModel:
-    """A model to build, where its weights come from, and its tokenizer."""
+    """A model to build, where its weights come from, its tokenizer and image processor."""
 
     name: str
     config: Any
     weights: WeightSource
     tokenizer: Any
-    moe: MoELayout
+    moe: MoELayout | None
     revision: str | None = None
     notes: list[str] = field(default_factory=list)
+    visual: VisualProcessor | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(text_config(self.config).num_hidden_layers)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(text_config(self.config).vocab_size)
 
     def write_extras(self, folder: Path, dtype: torch.dtype) -> None:
         """Writes what makes a folder of weights a model: configs and tokenizer.
@@ -56,6 +71,8 @@ class TrainingModel:
         else:
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        if source is not None and source.folder is not None:
+            copy_processor(source.folder, folder)
 
 
 def open_training_model(
@@ -94,7 +111,7 @@ def _embedded_model(seed: int) -> TrainingModel:
 
 
 def open_checkpoint(name: str, folder: Path | None, tokenizer: Any) -> TrainingModel:
-    """Returns a checkpoint with routed experts, its tensors accounted for one by one.
+    """Returns a checkpoint, its tensors accounted for one by one.
 
     Raises LayoutError for a model that cannot be trained, InputError for tensors without a place.
     """
@@ -106,7 +123,8 @@ def open_checkpoint(name: str, folder: Path | None, tokenizer: Any) -> TrainingM
     weights = CheckpointWeights(source, layout)
     whole = meta_model(config, torch.bfloat16)
     weights.note_names(whole)
-    dropped, unknown = leftover_tensors(source, whole, config.num_hidden_layers, layout)
+    num_layers = text_config(config).num_hidden_layers
+    dropped, unknown = leftover_tensors(source, whole, num_layers, layout)
     if unknown:
         raise InputError(
             f"`{name}` holds {len(unknown)} tensors that the model has no place for, first "
@@ -116,8 +134,8 @@ def open_checkpoint(name: str, folder: Path | None, tokenizer: Any) -> TrainingM
     notes = [f"not read: {count} {reason}" for reason, count in dropped.items()]
     if source.config.get("output_router_logits"):
         notes.append("output_router_logits is off: there is no balancing loss")
-    assert layout.moe is not None
-    return TrainingModel(name, config, weights, tokenizer, layout.moe, notes=notes)
+    visual = load_visual_processor(folder, config, tokenizer) if is_visual(config) else None
+    return TrainingModel(name, config, weights, tokenizer, layout.moe, notes=notes, visual=visual)
 
 
 def load_tokenizer(folder: str, *, trust_remote_code: bool) -> Any:

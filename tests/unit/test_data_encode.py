@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from epctl.errors import InputError
-from epctl.runtime.data_encode import ChatEncoder, TextEncoder
+from epctl.runtime.data_encode import ChatEncoder, Encoded, TextEncoder
 from epctl.runtime.default_model import EOS, byte_tokenizer
 
 PLAIN = (
@@ -91,6 +91,6 @@ def test_records_without_messages(record: dict[str, Any], said: str) -> None:
 
 def test_text_is_learned_whole_and_ends_with_the_end_token() -> None:
     encoded = TextEncoder(byte_tokenizer(), "text")({"text": "hi"}, "here")
-    assert encoded == ([104, 105, EOS], None)
+    assert encoded == Encoded([104, 105, EOS], None)
     with pytest.raises(InputError, match="`body` is missing; the record has `text`"):
         TextEncoder(byte_tokenizer(), "body")({"text": "hi"}, "here")

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from epctl.errors import HubError, InputError
 from epctl.launch.dataset_reference import pin_dataset
 from epctl.runtime.data_encode import TextEncoder
-from epctl.runtime.data_files import find_records
+from epctl.runtime.data_files import Record, find_records
 from epctl.runtime.data_reading import ShareReader
 from epctl.runtime.data_store import DocumentWriter, StoredDocuments, encode, is_held_out
 from epctl.runtime.default_model import byte_tokenizer
 
 
 def texts(patterns: list[str]) -> list[Any]:
-    return [record["text"] for _, (_, record) in find_records(patterns).records()]
+    return [record["text"] for _, (_, record, _) in find_records(patterns).records()]
 
 
 def test_text_jsonl_json_parquet_folders_and_globs(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_every_record_is_read_once_whatever_ranks_and_rounds(
 def test_documents_stand_in_the_order_of_the_source_whatever_the_ranks(
     tmp_path: Path, num_ranks: int
 ) -> None:
-    records = [(f"r{n}", {"text": f"{n:02d}" * (n + 1)}) for n in range(11)]
+    records = [Record(f"r{n}", {"text": f"{n:02d}" * (n + 1)}) for n in range(11)]
     encoder = TextEncoder(byte_tokenizer(), "text")
     stems = [tmp_path / f"train-{rank}" for rank in range(num_ranks)]
     for rank, stem in enumerate(stems):
@@ -136,14 +136,14 @@ def test_documents_stand_in_the_order_of_the_source_whatever_the_ranks(
     stored = StoredDocuments(stems)
     assert stored.lengths.tolist() == [2 * (n + 1) + 1 for n in range(11)]
     found = [stored.tokens(n, 0, int(stored.lengths[n]))[0].tolist() for n in range(11)]
-    assert found == [encoder(record, "").ids for _, record in records]
+    assert found == [encoder(record, "").ids for _, record, _ in records]
     assert stored.tokens(3, 2, 5)[0].tolist() == encoder(records[3][1], "").ids[2:5]
 
 
 def test_token_ids_beyond_the_vocabulary_are_another_models_tokenizer() -> None:
     encoder = TextEncoder(byte_tokenizer(), "text")
     with pytest.raises(InputError, match="token id 257, but the model's vocabulary ends at 199"):
-        encode(("here", {"text": "a"}), encoder, 200)
+        encode(Record("here", {"text": "a"}), encoder, 200)
 
 
 def test_held_out_documents_come_from_all_over() -> None:

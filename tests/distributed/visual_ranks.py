@@ -1,0 +1,220 @@
+"""Ranks that train tiny vision-language models on chats: every layout against a plain loop.
+
+`python -m visual_ranks FOLDER CASES_JSON`; a case names model, layout and optimizer. The plain loop
+is transformers' own model on one document at a time: no packing, its own positions, attention and
+images. Rank K writes `rank-K.json`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from train_model_ranks import CPU, digest_of
+from visual_models import IMAGE_ID, VIDEO_ID
+
+from epctl.config import RunConfig, resolve_config
+from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.check_reference import _whole_partition
+from epctl.runtime.checkpoint import save_model
+from epctl.runtime.data_prepare import load_data
+from epctl.runtime.engine import create_engine, create_optimizer, train_step
+from epctl.runtime.events import EventLog
+from epctl.runtime.leave import leave
+from epctl.runtime.names import hub_tensors
+from epctl.runtime.train import build
+from epctl.runtime.train_loop import TrainLoop
+from epctl.runtime.training_model import TrainingModel, load_tokenizer, open_checkpoint
+from epctl.runtime.visual_rows import PIXELS, VisualData
+
+STEPS = 2
+ROWS = 4  # of a step, however they are dealt out
+
+
+def config_of(case: dict[str, Any], chats: str) -> RunConfig:
+    sp = case.get("sp", 1)
+    flags = {
+        "model.reference": "tiny",
+        "data.train": (chats,),
+        "data.held_out_share": 0.1,
+        "parallel.ep": case.get("ep", 1),
+        "parallel.sp": sp,
+        "parallel.zero": case["zero"],
+        "optim.name": case["optim"],
+        "optim.lr": 2e-3,
+        "optim.warmup_steps": 0,
+        "optim.schedule": "constant",
+        "optim.gradient_clipping": 0.5,
+        # Rounding of a gradient that is zero but for it must not become a whole step.
+        "optim.eps": 1e-3,
+        "train.steps": STEPS,
+        "train.sequence_length": 157,
+        "train.micro_batch_size": ROWS * sp // dist.get_world_size(),
+        "train.activation_checkpointing": case.get("recompute", "none"),
+    }
+    return resolve_config(flags=flags).config
+
+
+def open_model(folder: str) -> TrainingModel:
+    tokenizer = load_tokenizer(folder, trust_remote_code=False)
+    return open_checkpoint("tiny", Path(folder), tokenizer)
+
+
+def documents_of(data: VisualData, step: int) -> list[tuple[torch.Tensor, torch.Tensor, list[Any]]]:
+    """Returns (ids, labels, images) of every document of a step's rows."""
+    found = []
+    for position in range(step * ROWS, (step + 1) * ROWS):
+        row = data.order.row_at(position)
+        packed, place = data.train[row], 0
+        for span in data.train.spans[row]:
+            here = slice(place, place + span.num_tokens)
+            place = here.stop
+            ids, labels = (torch.from_numpy(x[here]) for x in (packed.ids_S, packed.labels_S))
+            visuals = data.train.documents.visuals(span.document)  # type: ignore[attr-defined]
+            found.append((ids, labels, list(visuals)))
+    return found
+
+
+def plain_inputs(data: VisualData, ids: torch.Tensor, visuals: list[Any]) -> dict[str, Any]:
+    """What transformers' model is given for one document, by its own processor."""
+    reader = data.reader
+    inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": False}
+    kinds = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
+    images = [reader.files.open(v.files[0]) for v in visuals if v.modality == "image"]
+    if images:
+        inputs |= dict(reader.processor.image_processor(images=images, return_tensors="pt"))
+    clips = [v for v in visuals if v.modality == "video"]
+    if clips:
+        pixels = [patches_of(reader.files.frames(v.files, v.frames)) for v in clips]
+        inputs["pixel_values_videos"] = torch.cat(pixels)
+        inputs["video_grid_thw"] = torch.tensor([v.grid for v in clips])
+        inputs["second_per_grid_ts"] = torch.tensor([2 / v.fps for v in clips])
+    if visuals:
+        inputs["mm_token_type_ids"] = kinds[None]
+    return inputs
+
+
+def patches_of(frames: list[Any]) -> torch.Tensor:
+    """Rows of a clip of frames that need no resizing, as the video processors lay them out."""
+    import numpy as np
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    video = np.stack([np.asarray(f, dtype=np.float32) / 255 for f in frames])
+    video = ((video - OPENAI_CLIP_MEAN) / OPENAI_CLIP_STD).transpose(0, 3, 1, 2)
+    if len(video) % 2:
+        video = np.concatenate([video, video[-1:]])
+    t, c, h, w = video.shape
+    cut = video.reshape(t // 2, 2, c, h // 8, 2, 4, w // 8, 2, 4)
+    rows = cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, c * 2 * 4 * 4)
+    return torch.from_numpy(rows).float()
+
+
+def plain_run(
+    case: dict[str, Any], chats: str, data: VisualData, solo: Any
+) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """Two steps of the whole model on one rank; returns losses, norms and weights."""
+    from transformers import AutoModelForImageTextToText
+
+    config = config_of(case, chats)
+    model = AutoModelForImageTextToText.from_pretrained(case["model"], dtype=torch.float32)
+    open_model(case["model"]).weights.note_names(model.train())
+    optimizer = create_optimizer(model, config.optim)
+    optimizer.wire([_whole_partition(p, solo) for p in model.parameters()], CPU)
+    history = []
+    for step in range(STEPS):
+        documents = documents_of(data, step)
+        targets = sum(int((labels[1:] != -100).sum()) for _, labels, _ in documents)
+        optimizer.zero_grad()
+        total = 0.0
+        for ids, labels, visuals in documents:
+            inputs = plain_inputs(data, ids, visuals)
+            loss = model(**inputs, labels=labels[None], num_items_in_batch=targets).loss
+            loss.backward()
+            total += float(loss.detach())
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt())
+        for gradient in gradients:
+            gradient.mul_(min(1.0, config.optim.gradient_clipping / (norm + 1e-6)))
+        optimizer.step()
+        history.append((total, norm))
+    return history, {t.name: t.local().detach().clone() for t in hub_tensors(model)}
+
+
+def layout_run(
+    case: dict[str, Any], chats: str, folder: Path, expected: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """The same steps in the case's layout; returns losses, norms and the worst weight."""
+    config = config_of(case, chats)
+    mesh = seams.create_mesh(config.parallel.ep, config.parallel.sp)
+    model = open_model(case["model"])
+    data = data_of(case, chats, folder.parent, mesh, model)
+    events = EventLog(folder, mesh.rank)
+    module, ds_config = build(config, mesh, model, CPU, events)
+    engine, _, scheduler = create_engine(module, config, ds_config)
+    loop = TrainLoop(engine, scheduler, config, mesh, data, events, model.tokenizer)
+    history, seen = [], []
+    for step in range(STEPS):
+        batches = list(loop.batches(step))
+        seen += [[name in batch.visuals for name in PIXELS.values()] for batch in batches]
+        history.append(train_step(engine, scheduler, batches, config, mesh))
+    worst = (0.0, "")
+    for tensor in hub_tensors(engine.module):
+        parameters = [tensor.tensor] if isinstance(tensor.tensor, torch.nn.Parameter) else []
+        with seams.full_parameters(parameters):
+            reference = expected[tensor.name].double()
+            error = (tensor.local().detach().double() - reference).norm() / reference.norm()
+            worst = max(worst, (float(error), tensor.name))
+    result = {"history": history, "seen": seen, "worst": worst}
+    if case.get("save"):
+        save_model(
+            engine.module, mesh, folder / "model", lambda p: model.write_extras(p, torch.float32)
+        )
+        result["digests"] = digest_of(engine.module)
+    engine.destroy()
+    return result
+
+
+def data_of(
+    case: dict[str, Any], chats: str, folder: Path, mesh: Any, model: TrainingModel
+) -> VisualData:
+    tokens = folder / f"tokens-{Path(case['model']).name}"
+    data, facts = load_data(
+        config_of(case, chats), tokens, mesh, model.tokenizer, model.vocab_size, model.visual
+    )
+    assert isinstance(data, VisualData), type(data)
+    assert facts.images, facts
+    assert facts.videos, facts
+    return data
+
+
+def main(folder: Path, chats: str, cases: list[dict[str, Any]]) -> None:
+    seams.initialize_distributed("cpu", datetime.timedelta(seconds=120))
+    torch.set_num_threads(1)
+    solo = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    plain: dict[tuple[str, str], Any] = {}
+    results = {}
+    for case in cases:
+        key = (case["model"], case["optim"])
+        if key not in plain:
+            mesh = seams.create_mesh(1, 1)
+            data = data_of(case, chats, folder, mesh, open_model(case["model"]))
+            plain[key] = plain_run(case, chats, data, solo)
+        case_folder = folder / case["name"]
+        case_folder.mkdir(exist_ok=True)
+        found = layout_run(case, chats, case_folder, plain[key][1])
+        results[case["name"]] = found | {"plain": plain[key][0]}
+        gc.collect()
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    leave(0)
