@@ -1,4 +1,4 @@
-"""Ranks of `epctl bench multimodal-sp` whose gather lost its gradient: the gate must stop them."""
+"""Ranks of `epctl bench multimodal-sp` with a severed gradient: the gate must stop them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from epctl.runtime.leave import leave
 from epctl.runtime.sequence import vision
 
 if __name__ == "__main__":
-    whole = vision.gather_rows
-    vision.gather_rows = lambda rows, *rest: whole(rows.detach(), *rest)
+    whole = vision.to_owners
+    vision.to_owners = lambda rows, *rest: whole(rows.detach(), *rest)
     try:
         main(Path(sys.argv[1]), json.loads(sys.argv[2]))
     except SystemExit as ended:

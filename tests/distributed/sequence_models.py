@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import sequence_image_models as images_of
 import torch
+from sequence_image_models import IMAGES, num_tokens, visual_inputs
 from torch import Tensor, nn
 
 VOCAB = 96
@@ -185,6 +187,72 @@ def qwen3_vl_moe(**changes: Any) -> Any:
     return Qwen3VLMoeConfig(vision_config=_qwen3_vision(), text_config=text, **_qwen_ids())
 
 
+def _glm_ids() -> dict[str, int]:
+    return _qwen_ids() | {"image_start_token_id": 88, "image_end_token_id": 89}
+
+
+def glm4v(**changes: Any) -> Any:
+    """One token for images and frames, positions resampled by a grid, no window."""
+    from transformers import Glm4vConfig
+
+    text = TEXT | {"rope_parameters": MROPE} | changes
+    vision = images_of.glm_vision(text["hidden_size"])
+    return Glm4vConfig(vision_config=vision, text_config=text, **_glm_ids())
+
+
+def glm4v_moe(**changes: Any) -> Any:
+    from transformers import Glm4vMoeConfig
+
+    experts = {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "head_dim": 8,
+    }
+    rope = MROPE | {"partial_rotary_factor": 1.0}
+    text = TEXT | {"rope_parameters": rope} | experts | changes
+    vision = images_of.glm_vision(text["hidden_size"])
+    return Glm4vMoeConfig(vision_config=vision, text_config=text, **_glm_ids())
+
+
+def kimi_k25(**changes: Any) -> Any:
+    """MoonViT before DeepSeek-V3's decoder: rows line by line, bicubic positions, MLA."""
+    from transformers import Kimi_K25Config
+
+    vision = {
+        "patch_size": 4,
+        "pos_emb_height": 6,
+        "pos_emb_width": 6,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+    }
+    return Kimi_K25Config(
+        vision_config=vision,
+        text_config=deepseek_v3(**changes),
+        projection_hidden_size=32,
+        tie_word_embeddings=False,
+        **_qwen_ids(),
+    )
+
+
+def _with_text(name: str, text: Any) -> Any:
+    def made(**changes: Any) -> Any:
+        return getattr(images_of, name)(text(**changes))
+
+    made.__name__ = name
+    return made
+
+
+def mistral(**changes: Any) -> Any:
+    from transformers import MistralConfig
+
+    return MistralConfig(**(TEXT | {"sliding_window": None, "head_dim": 8} | changes))
+
+
 CONFIGS = {
     f.__name__: f
     for f in (
@@ -199,10 +267,16 @@ CONFIGS = {
         qwen2_5_vl,
         qwen3_vl,
         qwen3_vl_moe,
+        glm4v,
+        glm4v_moe,
+        kimi_k25,
+        *(_with_text(name, mistral if name == "mistral3" else llama) for name in IMAGES),
     )
 }
 TILES = {"llava": 4, "internvl": 4}  # visual tokens a tile
-PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+GLM = ("glm4v", "glm4v_moe")
+PACKED = (*QWEN, *GLM, "kimi_k25")
 
 
 def build(
@@ -212,7 +286,7 @@ def build(
     import transformers
 
     config = CONFIGS[name](**changes)
-    visual = name in TILES or name in PACKED
+    visual = name in TILES or name in PACKED or name in IMAGES
     auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
     torch.manual_seed(seed)
     model: nn.Module = auto.from_config(config, attn_implementation="sdpa").to(dtype)
@@ -230,12 +304,15 @@ def batch(name: str, seed: int, kind: str = "plain", images: int = 5) -> dict[st
 
     Args:
         kind: plain (one sequence), padded (two, the second shorter, padded right), left (padded
-            left), packed (documents by positions), video (a clip besides the images).
+            left), packed (documents by positions), video (a clip besides the images; GLM-4V has
+            either), together (images that are not divided into tiles).
         images: images of the whole batch.
     """
     generator = torch.Generator().manual_seed(seed)
     if name in TILES:
         return _tile_batch(name, generator, kind, images)
+    if name in IMAGES:
+        return _image_batch(name, generator, kind, images)
     if name in PACKED:
         return _packed_batch(name, generator, kind, images)
     return _text_batch(generator, kind)
@@ -287,7 +364,29 @@ def _tile_batch(name: str, generator: torch.Generator, kind: str, images: int) -
     return inputs
 
 
+def _image_batch(name: str, generator: torch.Generator, kind: str, images: int) -> dict[str, Any]:
+    first = images - images // 3
+    counts, clips = num_tokens(name, images, kind)
+    shares = [counts[:first], counts[first:]] if kind in ("padded", "left") else [counts]
+    sequences = []
+    for index, share in enumerate(shares):
+        sequence = _words(5 - index, generator)
+        for count in share:
+            sequence += [IMAGE_ID] * count + _words(3, generator)
+        sequences.append(sequence)
+    for count in clips:
+        sequences[0] += [VIDEO_ID] * count + _words(2, generator)
+    inputs: dict[str, Any] = _rows(sequences, kind)
+    if kind == "packed":
+        length = inputs["input_ids"].shape[1]
+        text = [*range(length // 3), *range(length - length // 3)]
+        inputs["position_ids"] = torch.tensor([text])
+    return inputs | visual_inputs(name, generator, images, len(sequences), kind)
+
+
 def _packed_batch(name: str, generator: torch.Generator, kind: str, images: int) -> dict[str, Any]:
+    if name in GLM and kind == "video":
+        images = 0  # a video's frames are written with the images' token
     grids = [GRIDS[i % len(GRIDS)] for i in range(images)]
     first = len(grids) - len(grids) // 3
     shares = [grids[:first], grids[first:]] if kind in ("padded", "left") else [grids]
@@ -300,16 +399,23 @@ def _packed_batch(name: str, generator: torch.Generator, kind: str, images: int)
     if kind == "video":
         frames, height, width = CLIP
         # Qwen3-VL writes a timestamp before each frame, the others a clip's tokens in one run.
-        apart = frames if name.startswith("qwen3") else 1
+        apart = frames if name.startswith(("qwen3", "glm")) else 1
         for _ in range(apart):
             shape = (frames // apart, height, width)
-            sequences[0] += _visual_tokens(shape, VIDEO_ID) + _words(4, generator)
+            token = IMAGE_ID if name in GLM else VIDEO_ID
+            sequences[0] += _visual_tokens(shape, token) + _words(4, generator)
     inputs: dict[str, Any] = _rows(sequences, kind)
     ids = inputs["input_ids"]
-    inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
+    image_type = 2 if name in GLM and kind == "video" else 1
+    inputs["mm_token_type_ids"] = image_type * (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
+    if name == "kimi_k25":
+        del inputs["mm_token_type_ids"]
     if grids:
         inputs["image_grid_thw"] = torch.tensor(grids)
         inputs["pixel_values"] = _pixels(grids, generator)
+        if name == "kimi_k25":  # patches in their own shape, one frame
+            pixels = inputs["pixel_values"].unflatten(1, (3, 2, 4, 4))
+            inputs["pixel_values"] = pixels[:, :, 0].contiguous()
     if kind == "video":
         inputs["video_grid_thw"] = torch.tensor([CLIP])
         inputs["pixel_values_videos"] = _pixels([CLIP], generator)
@@ -317,7 +423,9 @@ def _packed_batch(name: str, generator: torch.Generator, kind: str, images: int)
         length = ids.shape[1]
         text = [*range(length // 3), *range(length - length // 3)]
         rotary = torch.randint(0, 50, (3, 1, length), generator=generator)
-        inputs["position_ids"] = torch.cat((torch.tensor(text).view(1, 1, -1), rotary))
+        text_1BS = torch.tensor(text).view(1, 1, -1)
+        one_axis = name == "kimi_k25"
+        inputs["position_ids"] = text_1BS[0] if one_axis else torch.cat((text_1BS, rotary))
     return inputs
 
 

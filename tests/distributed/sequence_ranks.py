@@ -50,12 +50,15 @@ _GROUPS: dict[int, SequenceGroup] = {}
 
 
 def samples(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sample of each data-parallel place; `images` may differ between them."""
+    """The sample of each data-parallel place; `images` and `kinds` may differ between them."""
     count = dist.get_world_size() // case["sp"]
     images = case.get("images", 5)
     per_place = images if isinstance(images, list) else [images] * count
-    kind = case.get("kind", "plain")
-    return [batch(case["model"], 10 + p, kind, per_place[p % len(per_place)]) for p in range(count)]
+    kinds = case.get("kinds", [case.get("kind", "plain")])
+    return [
+        batch(case["model"], 10 + p, kinds[p % len(kinds)], per_place[p % len(per_place)])
+        for p in range(count)
+    ]
 
 
 def num_targets(inputs: dict[str, Any]) -> int:
@@ -131,10 +134,10 @@ def worst_error(found: Gradients, expected: Gradients) -> tuple[float, str]:
 def mutated(name: str | None) -> Iterator[None]:
     """Breaks the code in one of the ways that the tests must notice."""
     with contextlib.ExitStack() as stack:
-        if name == "gather without gradient":
-            whole = vision.gather_rows
+        if name == "features without gradient":
+            whole = vision.to_owners
             broken = lambda rows, *rest: whole(rows.detach(), *rest)  # noqa: E731
-            stack.enter_context(mock.patch.object(vision, "gather_rows", broken))
+            stack.enter_context(mock.patch.object(vision, "to_owners", broken))
         elif name == "heads without gradient":
             whole = attention.rows_to_heads
             broken = lambda q, k, *rest: whole(q, k.detach(), *rest)  # noqa: E731
@@ -173,6 +176,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         groups_of(case["sp"]),
         vision=case.get("vision", "aligned"),
         encoder_outputs=case.get("encoder_outputs"),
+        vision_group=groups_of(dist.get_world_size()) if case.get("balance") else None,
     )
     with mutated(case.get("mutation")):
         loss, found = sharded(case, model)

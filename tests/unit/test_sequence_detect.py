@@ -19,12 +19,21 @@ from epctl.runtime.sequence.parallel import parallelize
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from sequence_models import CONFIGS, PACKED, TILES, batch, build
 
+FORMS = {
+    "llava_next": "images",
+    "llava_onevision": "images",
+    "mistral3": "images",
+    "pixtral": "images",
+    "idefics3": "batches",
+    "smolvlm": "batches",
+}
+
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parts_are_found_without_class_names(name: str) -> None:
     parts = find_parts(build(name))
     assert len(parts.decoder_attentions) == 3
-    form = "packed" if name in PACKED else "tiles" if name in TILES else None
+    form = FORMS.get(name) or ("packed" if name in PACKED else "tiles" if name in TILES else None)
     assert (parts.encoder.form if parts.encoder else None) == form
     if parts.encoder is not None:
         assert len(parts.encoder.attentions) == len(parts.encoder.blocks) >= 3
@@ -129,3 +138,56 @@ def test_a_full_mask_is_refused() -> None:
     parallelize(model, SequenceGroup())
     with pytest.raises(InputError, match="padding mask"):
         model(input_ids=torch.ones(1, 8).long(), attention_mask=torch.ones(1, 1, 8, 8))
+
+
+def test_towers_that_need_their_whole_grid_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions from a grid of its own: sharded rows would silently get those of other rows."""
+    model: Any = build("glm4v")
+    embeddings = model.model.visual.embeddings
+
+    def forward(self: Any, rows: Any, grid_thw: Any) -> Any:
+        return rows
+
+    monkeypatch.setattr(type(embeddings), "forward", forward)
+    with pytest.raises(LayoutError, match="Embeddings needs the grid of all images"):
+        find_parts(model)
+
+
+def test_an_unknown_way_to_use_the_grid_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("qwen2_vl")
+
+    def forward(self: Any, rows: Any) -> Any:
+        return rows.get_vision_spiral()
+
+    monkeypatch.setattr(type(model.model.visual.merger), "forward", forward)
+    with pytest.raises(LayoutError, match="`get_vision_spiral`, which is not known"):
+        find_parts(model)
+
+
+def test_a_clip_for_a_tower_that_averages_frames_is_refused() -> None:
+    """transformers' own features of such a clip do not come out either (5.23)."""
+    model: Any = build("kimi_k25")
+    clip = {"pixel_values_videos": torch.randn(32, 3, 4, 4)}
+    clip["video_grid_thw"] = torch.tensor([[2, 4, 4]])
+    with pytest.raises(RuntimeError, match="split_with_sizes"):
+        model.get_video_features(*clip.values())
+    parallelize(model, SequenceGroup())
+    ids = torch.tensor([[3, 4, *([91] * 8), 5]])
+    with pytest.raises(InputError, match="a clip of 2 frames is given; this tower averages"):
+        model(input_ids=ids, labels=ids, **clip)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "idefics3", "mistral3"])
+def test_equal_rows_are_refused_where_a_tower_sees_whole_images(name: str) -> None:
+    with pytest.raises(LayoutError, match="`ulysses` cuts packed rows or tiles"):
+        parallelize(build(name), SequenceGroup(), vision="ulysses")
+
+
+def test_placeholders_that_do_not_fit_their_images_are_refused_with_numbers() -> None:
+    for name, tokens in (("qwen2_vl", 37), ("mistral3", 40), ("llava", 20)):
+        model = build(name)
+        inputs = batch(name, 3)
+        inputs["input_ids"][inputs["input_ids"] == 90] = 4
+        parallelize(model, SequenceGroup())
+        with pytest.raises(InputError, match=rf"make {tokens} visual tokens, .* have 0"):
+            model(**inputs)

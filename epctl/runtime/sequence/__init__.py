@@ -6,10 +6,12 @@ heads.py      which rank attends which heads, or gathers keys and values (pure)
 documents.py  which rows may see each other, as intervals instead of a mask
 attend.py     attention over intervals on one rank
 exchange.py   rows to heads and back, variable-length gather
+route.py      visual tokens to the ranks that have their placeholders
 attention.py  the functions in transformers' attention registry
 detect.py     decoder, encoder and what cannot be sharded, by probes
 tower.py      positions and segments of a packed tower, for a rank's own rows
-vision.py     the unmodified tower on this rank's rows
+units.py      towers that see whole images or tiles, and clips
+vision.py     the unmodified tower on this rank's share
 decoder.py    the decoder's inputs, sliced before it runs
 loss.py       local targets over global valid tokens
 parallel.py   the hooks that put it together: `parallelize(model, group)`

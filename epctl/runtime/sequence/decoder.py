@@ -1,6 +1,6 @@
 """The decoder on this rank's tokens: its inputs are sliced before it runs.
 
-Shape suffixes: B sequences, S all tokens, R tokens of this rank, V visual tokens, D hidden size.
+Shape suffixes: B sequences, S all tokens.
 """
 
 from __future__ import annotations
@@ -43,11 +43,44 @@ def token_offsets(num_tokens: int, group: SequenceGroup) -> tuple[int, ...]:
     return even_offsets(num_tokens, group.size)
 
 
-def sharded_inputs(given: dict[str, Any], group: SequenceGroup) -> dict[str, Any]:
-    """Returns the decoder's keyword arguments for this rank's tokens, layout included.
+def cut_tokens(
+    given: dict[str, Any], positions: Tensor | None, group: SequenceGroup
+) -> tuple[dict[str, Any], DecoderLayout]:
+    """Returns a vision-language model's arguments for this rank's tokens, and the layout.
 
-    2-D positions and 3-D ones (mRoPE, with or without a row of text positions) are cut on their
-    last dimension, embeddings and ids on dimension 1, deepstack features by their own positions.
+    Cut before the model embeds them, so that no rank holds the embeddings of a whole sequence.
+
+    Args:
+        positions: of all tokens, as the model makes them of all images; None counts from zero.
+    """
+    ids_BS = given["input_ids"]
+    batch, length = ids_BS.shape
+    offsets = token_offsets(length, group)
+    own = slice(*offsets[group.rank : group.rank + 2])
+    inputs = dict(given)
+    for key, value in given.items():
+        if isinstance(value, Tensor) and value.dim() == 2 and value.shape == ids_BS.shape:
+            inputs[key] = value[:, own]
+    inputs["attention_mask"] = None
+    inputs["position_ids"] = _positions({"position_ids": positions}, ids_BS)[..., own]
+    return inputs, DecoderLayout(group, offsets, _intervals(given, batch, length))
+
+
+def cut_inputs(given: dict[str, Any], layout: DecoderLayout) -> dict[str, Any]:
+    """Returns the decoder's keyword arguments for tokens that were cut by `cut_tokens`."""
+    inputs = {key: value for key, value in given.items() if key not in OF_THE_LOSS}
+    inputs["attention_mask"] = None
+    inputs["use_cache"] = False
+    if layout.group.size > 1:
+        _refuse_uncut(inputs, layout.offsets[-1])
+    inputs["sequence_layout"] = layout
+    return inputs
+
+
+def sharded_inputs(given: dict[str, Any], group: SequenceGroup) -> dict[str, Any]:
+    """Returns a text decoder's keyword arguments for this rank's tokens, layout included.
+
+    Positions are cut on their last dimension, embeddings and ids on dimension 1.
     """
     embedded = given.get("inputs_embeds")
     tokens = given.get("input_ids") if embedded is None else embedded
@@ -63,13 +96,6 @@ def sharded_inputs(given: dict[str, Any], group: SequenceGroup) -> dict[str, Any
         if given.get(key) is not None:
             inputs[key] = given[key][:, own]
     inputs["position_ids"] = _positions(given, tokens)[..., own]
-    masks_BS = given.get("visual_pos_masks")
-    if masks_BS is not None:
-        inputs["visual_pos_masks"] = masks_BS[:, own]
-        features = given.get("deepstack_visual_embeds")
-        if features is not None:
-            own_V = _own_visual_rows(masks_BS, own)
-            inputs["deepstack_visual_embeds"] = [level_VD[own_V] for level_VD in features]
     _refuse_uncut(inputs, length)
     inputs["sequence_layout"] = DecoderLayout(group, offsets, intervals)
     return inputs
@@ -107,12 +133,6 @@ def _text_positions(positions: Tensor | None) -> Tensor | None:
     if positions is None or positions.dim() == 2:
         return positions
     return positions[0] if positions.shape[0] == 4 else None
-
-
-def _own_visual_rows(masks_BS: Tensor, own: slice) -> Tensor:
-    """Returns which of the packed visual rows belong to this rank's tokens."""
-    places_BS = masks_BS.flatten().cumsum(0).view_as(masks_BS) - 1
-    return places_BS[:, own][masks_BS[:, own]]
 
 
 def _refuse_uncut(inputs: dict[str, Any], length: int) -> None:

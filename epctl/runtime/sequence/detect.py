@@ -6,8 +6,10 @@ What would be computed wrongly is refused by name, with the reason.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal
 
 from torch import nn
@@ -15,20 +17,43 @@ from torch import nn
 from epctl.errors import LayoutError
 
 KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# What a packed tower may derive from its grid: each can be given for a rank's own rows (tower.py).
+KNOWN_OF_GRID = frozenset(
+    {
+        "get_vision_position_ids",
+        "get_vision_attention_seqlens",
+        "get_vision_cu_seqlens",
+        "get_vision_window_index",
+        "get_vision_interpolation_indices_and_weights",
+        "get_vision_temporal_merge_index",
+        "get_vision_frame_index",
+    }
+)
+TAKEN_BY_TILES = frozenset({"self", "pixel_values", "args", "kwargs"})
+TILES_OF_IMAGE = "image_size_to_num_patches"
+
+Form = Literal["packed", "tiles", "images", "batches"]
 
 
 @dataclass(frozen=True)
 class Encoder:
     """A vision tower and how its input is cut.
 
-    `packed` towers take patch rows of all images end to end with a grid, `tiles` towers take
-    `[tiles, channels, height, width]`. `attentions` and `blocks` are in the order of the layers.
+    `packed` towers take patch rows of all images end to end with a grid; `tiles` towers take
+    `[tiles, channels, height, width]`; `images` are given with their sizes and belong together,
+    each of one or several tiles; `batches` are `[batch, images, ...]`, empty places among them.
+    `attentions` and `blocks` are in the order of the layers.
     """
 
     module: nn.Module
-    form: Literal["packed", "tiles"]
+    form: Form
     attentions: tuple[nn.Module, ...]
     blocks: tuple[nn.Module, ...]
+
+    @property
+    def takes_sizes(self) -> bool:
+        """True if the tower itself packs images of different sizes."""
+        return "image_sizes" in _parameters(self.module)
 
 
 @dataclass(frozen=True)
@@ -72,21 +97,74 @@ def _find_encoder(model: Any) -> Encoder | None:
     return Encoder(encoder, form, _attentions(encoder), _blocks(encoder))
 
 
-def _form(model: Any, encoder: nn.Module) -> Literal["packed", "tiles"]:
-    """Tells the two kinds of towers apart by what they are called with and what they call."""
-    if "image_grid_thw" not in _parameters(model, "get_image_features"):
-        return "tiles"
+def _form(model: Any, encoder: nn.Module) -> Form:
+    """Tells the kinds of towers apart by what they are called with and what they call."""
+    takes = feature_parameters(model)
+    if "image_grid_thw" in takes:
+        _check_packed(model, encoder)
+        return "packed"
+    if "pixel_attention_mask" in takes:
+        return "batches"
+    sized = "image_sizes" in _parameters(encoder)
+    sizes = takes.get("image_sizes")
+    if sizes is not None and (sized or sizes.default is inspect.Parameter.empty):
+        if not sized:
+            num_tiles_function(model)
+        return "images"
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in TAKEN_BY_TILES:
+            raise _refusal(model, f"its images come with `{name}`, which is not known")
+    return "tiles"
+
+
+def feature_parameters(model: Any, modality: str = "image") -> dict[str, inspect.Parameter]:
+    """Returns what a model's features of images or videos take, its inner model's too."""
+    found: dict[str, inspect.Parameter] = {}
+    for part in (model, getattr(model, "base_model", model)):
+        function = getattr(type(part), f"get_{modality}_features", None)
+        if function is not None:
+            found |= inspect.signature(inspect.unwrap(function)).parameters
+    return found
+
+
+def num_tiles_function(model: Any) -> Any:
+    """Returns the function by which the model's own code counts the tiles of an image.
+
+    Raises LayoutError if it uses none that is known.
+    """
+    inner = getattr(model, "base_model", model)
+    if TILES_OF_IMAGE not in called_names(inner, "get_image_features"):
+        raise _refusal(model, f"how many tiles an image has is not told by `{TILES_OF_IMAGE}`")
+    return getattr(sys.modules[type(inner).__module__], TILES_OF_IMAGE)
+
+
+def _check_packed(model: Any, encoder: nn.Module) -> None:
+    """Raises LayoutError for a tower that would need its whole grid."""
     used = called_names(encoder)
+    name = type(encoder).__name__
     for needed in ("get_vision_position_ids", "get_vision_attention_seqlens"):
         if needed not in used:
             raise _refusal(
                 model,
-                f"its tower {type(encoder).__name__} does not take positions and segments from "
-                f"outside (`{needed}` of transformers.vision_utils)",
+                f"its tower {name} does not take positions and segments from outside "
+                f"(`{needed}` of transformers.vision_utils)",
             )
-    if "get_vision_temporal_merge_index" in used:
-        raise _refusal(model, f"frames attend to each other in {type(encoder).__name__}")
-    return "packed"
+    for module in encoder.modules():
+        derived = {n for n in called_names(module) if n.startswith("get_vision_")}
+        unknown = sorted(derived - KNOWN_OF_GRID)
+        if unknown:
+            raise _refusal(
+                model, f"{type(module).__name__} uses `{unknown[0]}`, which is not known"
+            )
+        whole = {"grid_thw", "image_shapes"} & _parameters(module)
+        handed_on = any("get_vision" in n for part in module.modules() for n in called_names(part))
+        if whole and not handed_on and not takes_shapes(module):
+            raise _refusal(model, f"{type(module).__name__} needs the grid of all images")
+
+
+def takes_shapes(module: nn.Module) -> bool:
+    """True for a position embedding that is told the rows and the shape of each segment."""
+    return {"lengths", "image_shapes"} <= _parameters(module)
 
 
 def _check_decoder(model: Any, decoder: nn.Module, attentions: tuple[nn.Module, ...]) -> None:
@@ -161,10 +239,17 @@ def _recorded(module: nn.Module, kind: str) -> tuple[type, ...]:
     return tuple(target for target in targets if isinstance(target, type))
 
 
-def called_names(module: nn.Module) -> tuple[str, ...]:
-    """Returns the global names and attributes that a module's forward uses."""
-    forward = inspect.unwrap(type(module).forward)
-    return tuple(getattr(forward, "__code__").co_names)  # noqa: B009
+def called_names(module: nn.Module, method: str = "forward") -> tuple[str, ...]:
+    """Returns the global names and attributes that a module's method uses."""
+    function = inspect.unwrap(getattr(type(module), method))
+    code = getattr(function, "__code__", None)
+    return _names_in(code) if code else ()
+
+
+def _names_in(code: CodeType) -> tuple[str, ...]:
+    """Returns a code's names and those of comprehensions and functions within it."""
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return (*code.co_names, *(name for part in inner for name in _names_in(part)))
 
 
 def _parameters(module: nn.Module, method: str = "forward") -> frozenset[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,6 +43,23 @@ class SequenceGroup:
         assert self.group is not None
         self.traffic.count(rows, sent, self.rank)
         return exchange_rows(rows, RowSplits(sent, received, self.group))
+
+    def gather_counts(self, count: int, device: torch.device) -> list[int]:
+        """Returns every rank's number. A collective with a host synchronisation."""
+        if self.size == 1:
+            return [count]
+        own = torch.tensor([count], device=device)
+        every = own.new_empty(self.size)
+        dist.all_gather_into_tensor(every, own, group=self.group)
+        return [int(number) for number in every.tolist()]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Returns every rank's small value, pickled on the way. A collective."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self.group)
+        return every
 
 
 def create_sequence_group(size: int) -> SequenceGroup:

@@ -71,6 +71,29 @@ def elements_by_keys(
     return sum(row_sizes) * (len(row_sizes) - 1) * num_kv_heads * (key_dim + value_dim)
 
 
+def sent_elements(
+    placement: HeadPlacement | None,
+    num_kv_heads: int,
+    row_sizes: Sequence[int],
+    dims: tuple[int, int, int],
+) -> list[int]:
+    """Returns what each rank sends to others in one forward; no placement gathers the keys."""
+    query_dim, key_dim, value_dim = dims
+    if placement is None:
+        width = (len(row_sizes) - 1) * num_kv_heads * (key_dim + value_dim)
+        return [rows * width for rows in row_sizes]
+    there = [
+        len(query) * query_dim + len(kv) * (key_dim + value_dim)
+        for query, kv in zip(placement.query, placement.kv, strict=True)
+    ]
+    back = [len(query) * value_dim for query in placement.query]
+    total = sum(row_sizes)
+    return [
+        rows * (sum(there) - there[rank]) + (total - rows) * back[rank]
+        for rank, rows in enumerate(row_sizes)
+    ]
+
+
 def choose_method(
     num_heads: int,
     num_kv_heads: int,
