@@ -119,6 +119,9 @@ class MoESection(Section):
     capacity_factor: float | None = Field(
         None, gt=0, description="choices an expert takes, over its even share; default: all"
     )
+    recompute: Literal["none", "activation"] = Field(
+        "none", description="what experts compute again in backward: nothing, or gate and up"
+    )
     max_tokens_per_rank: int | None = Field(
         None, ge=1, description="rows a rank's experts take in one exchange; more is an error"
     )

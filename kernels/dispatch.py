@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from epctl.kernels import grouped_mm, reference
 from epctl.kernels.activation import NO_BIASES, SWIGLU, Activation, ExpertBiases
@@ -182,8 +183,9 @@ def moe_mlp(
         biases: of the three projections, in the dtype of the weights.
         activation: what stands between the projections; see `Activation`.
         recompute: keep no pre-activation for the backward but compute it again, which saves 4KI
-            bytes a token in bf16 and costs two ninths more arithmetic. Only the Triton kernels
-            take notice. Without it a second backward over the same graph raises.
+            bytes a token in bf16 and costs two ninths more arithmetic; the other implementations
+            keep nothing and repeat the whole forward. Without it a second backward over the same
+            graph of the Triton kernels raises.
         num_held: how many ids are not -1, or a bound on it, where the caller knows: memory is then
             taken for so many rows and not for all T*K. Too small a number is undefined behaviour.
         implementation: overrides the choice of `choose_implementation`.
@@ -212,9 +214,14 @@ def moe_mlp(
             num_held=num_held,
         )
     fallback = reference if choice.implementation == "reference" else grouped_mm
-    y_TD: Tensor = fallback.moe_mlp(
-        x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, activation
-    )
+    arguments = x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, activation
+    y_TD: Tensor
+    if recompute and torch.is_grad_enabled():
+        y_TD = checkpoint(
+            fallback.moe_mlp, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+    else:
+        y_TD = fallback.moe_mlp(*arguments)
     return y_TD
 
 

@@ -87,7 +87,9 @@ def _experts(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     forward *= shape.hidden_size * shape.expert_intermediate * shape.num_moe_layers
     rows = plan.num_tokens * shape.top_k * plan.ep / shape.num_experts
     imbalance = plan.imbalance if plan.ep > 1 else 1.0
-    return _passes(plan, "moe") * forward * imbalance / rates.expert_flops(rows)
+    # All products but the last are made again, which is two of three.
+    again = (products - 1) / products if plan.recomputes_experts else 0.0
+    return (_passes(plan, "moe") + again) * forward * imbalance / rates.expert_flops(rows)
 
 
 def _dense(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:

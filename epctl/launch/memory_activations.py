@@ -45,6 +45,7 @@ class MoEBytes:
 def moe_bytes(
     *, tokens: float, hidden: int, intermediate: int, local_experts: int, num_experts: int,
     top_k: int, width: int, received: float, projections: int = 3, imbalance: float = 1.0,
+    recompute: bool = False,
 ) -> MoEBytes:  # fmt: skip
     """Returns the operator's bytes, router included (kernels/moe.py, dispatch.py).
 
@@ -53,13 +54,14 @@ def moe_bytes(
             the distinct ranks a token needs with it. Each brings K ids and weights; the operator
             allocates rows for the choices held here, which are T x K on average.
         imbalance: rows of this rank over the mean.
+        recompute: the pre-activation is made again in backward.
     """
     rows_in = tokens * received * imbalance
     rows = tokens * imbalance * top_k
     h = rows * (projections - 1) * intermediate * width
     # Of a row its choice; of a choice both places, the weight and the router's id.
     integers = 4 * rows + (8 + 12) * rows_in * top_k
-    kept = h + integers
+    kept = integers if recompute else h + integers
     activated, spread = rows * intermediate * width, (rows + local_experts * 63) * hidden * width
     products = rows * hidden * width
     one_gradient = local_experts * intermediate * hidden * width
@@ -70,7 +72,8 @@ def moe_bytes(
         one_gradient + products + dx,
         dx + spread + all_gradients,
     )
-    return MoEBytes(kept, max(activated + products, 0), backward, rows)
+    again = h if recompute else 0.0
+    return MoEBytes(kept, activated + products, again + backward, rows)
 
 
 def moe_block_bytes(
@@ -178,6 +181,7 @@ def _moe_of(shape: ModelShape, plan: RankPlan) -> tuple[MoEBytes, float]:
         top_k=shape.top_k, width=plan.width, received=received,
         projections=shape.num_expert_projections,
         imbalance=plan.imbalance if plan.ep > 1 else 1.0,
+        recompute=plan.recomputes_experts,
     )  # fmt: skip
     return moe, received
 
@@ -255,7 +259,8 @@ def _stored(layer: LayerBytes, plan: RankPlan) -> float:
 
 def _kept_formula(plan: RankPlan) -> str:
     parts = {"none": "attention + block", "attention": "block", "moe": "attention"}
-    return f"sum over layers of {parts[plan.checkpointing]}; block of a MoE: 2d + 4Kn and router"
+    per_token = "2d" if plan.recomputes_experts else "2d + 4Kn"
+    return f"sum over layers of {parts[plan.checkpointing]}; block of a MoE: {per_token} and router"
 
 
 def vision_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:

@@ -62,6 +62,7 @@ class RankPlan:
     engine: EngineBuffers
     accumulation: int = 1
     checkpointing: Checkpointing = "none"
+    recomputes_experts: bool = False
     offload: bool = False
     optimizer: str = "muon"
     momentum_bytes: int = 4
@@ -130,6 +131,7 @@ def rank_plan(
         engine=EngineBuffers.of(document, bfloat16=bfloat16),
         accumulation=train.gradient_accumulation_steps,
         checkpointing=train.activation_checkpointing,
+        recomputes_experts=config.moe.recompute == "activation",
         offload=optim.offload,
         optimizer="adamw" if optim.name == "adamw" else "muon",
         momentum_bytes=2 if optim.momentum_dtype == "bfloat16" else 4,

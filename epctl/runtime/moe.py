@@ -121,6 +121,7 @@ class LocalExperts(nn.Module):
     w3: nn.Parameter
     w2: nn.Parameter
     limits: DispatchLimits | None = None
+    recompute_activation = False
     shared: EarlyShared | None = None
 
     def __init__(self, shape: ExpertShape, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -186,6 +187,7 @@ class LocalExperts(nn.Module):
             self.w2,
             biases=ExpertBiases(self.b1, self.b3, self.b2),
             activation=self.shape.activation,
+            recompute=self.recompute_activation,
             num_held=num_held,
         )
         if self.shape.weighs_input:

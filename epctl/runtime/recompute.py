@@ -67,6 +67,22 @@ def checkpoint_activations(model: nn.Module, mode: Mode) -> int:
     return len(found)
 
 
+def recompute_expert_activations(model: nn.Module) -> int:
+    """Makes experts keep no pre-activation but compute it again; returns in how many layers.
+
+    Raises ConfigError if the model has none of epctl's expert layers.
+    """
+    found = [module for module in model.modules() if hasattr(module, "recompute_activation")]
+    if not found:
+        raise ConfigError(
+            f"`moe.recompute` is activation: {type(model).__name__} has none of epctl's experts",
+            hint="leave it out for dense models and with `--moe autoep`",
+        )
+    for module in found:
+        setattr(module, "recompute_activation", True)  # noqa: B010
+    return len(found)
+
+
 def _is_part(name: str, module: nn.Module, mode: Mode) -> bool:
     if mode == "moe":
         return isinstance(module, AutoEPMoELayer)

@@ -32,7 +32,8 @@ def case(optim: str, zero: int, ep: int, **options: Any) -> dict[str, Any]:
 
 
 # Pairwise over (optimizer, ZeRO, EP, accumulation, clipping, DeepSpeed's own layer, logits made in
-# blocks of a few words, what is recomputed, balance losses with moving biases).
+# blocks of a few words, what is recomputed of layers and of experts, balance losses with moving
+# biases).
 CASES = {
     1: [
         case("muon", 1, 1),
@@ -56,6 +57,8 @@ CASES = {
         case("muon", 2, 1),
         case("muon", 0, 2),
         case("muon", 2, 2, clipping=0.0),
+        case("muon", 3, 2, experts="activation"),
+        case("adamw", 2, 2, experts="activation", recompute="attention"),
         case("muon", 3, 2, logits_mib=0.002, recompute="attention"),
         case("adamw", 0, 1, logits_mib=0.002),
         case("muon", 0, 2, balance=True, accumulation=2),

@@ -275,3 +275,27 @@ def test_moe_mlp_refuses_shapes_that_do_not_fit(make_problem: Callable) -> None:
     x, experts, weights, w1, w3, w2, _ = make_problem(**RANDOM)
     with pytest.raises(ValueError, match=r"w2_EDI is \(8, 24, 16\); it must be \(8, 16, 24\)"):
         moe_mlp(x, experts, weights, w1, w3, w2.transpose(1, 2))
+
+
+def test_recompute_keeps_nothing_and_changes_nothing(make_problem: Callable) -> None:
+    x, experts, weights, *matrices, dy = make_problem(63, 64, 48, 4, 2)
+    kept, gradients = [], []
+    for recompute in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, weights, *matrices)]
+        inputs = {t.untyped_storage().data_ptr() for t in (*leaves, experts)}
+        saved: dict[int, int] = {}
+
+        def keep(t: torch.Tensor, inputs: set = inputs, saved: dict = saved) -> torch.Tensor:
+            if t.untyped_storage().data_ptr() not in inputs:
+                saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = moe_mlp(leaves[0], experts, *leaves[1:], recompute=recompute)
+        y.backward(dy)
+        kept.append(sum(saved.values()))
+        gradients.append([y, *(t.grad for t in leaves)])
+    assert kept[0] > 63 * 2 * 48 * 4
+    assert kept[1] == 0
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)

@@ -56,6 +56,7 @@ plans = st.fixed_dictionaries(
         "accumulation": st.sampled_from((1, 2, 8)),
         "offload": st.booleans(),
         "checkpointing": st.sampled_from(("none", "attention", "moe", "full")),
+        "recomputes_experts": st.booleans(),
         "micro_batch": st.sampled_from((1, 2, 8)),
         "sequence_length": st.sampled_from((512, 4096, 32768)),
         "edp": st.integers(1, 64),
@@ -72,6 +73,7 @@ def prediction(drawn: dict[str, Any], zero: int, **changes: Any) -> Prediction:
         num_ranks=drawn["ep"] * drawn["edp"],
         ep=drawn["ep"],
         checkpointing=drawn["checkpointing"],
+        recomputes_experts=drawn["recomputes_experts"],
         micro_batch=drawn["micro_batch"],
         sequence_length=drawn["sequence_length"],
     )
