@@ -152,6 +152,9 @@ class OptimSection(Section):
         "you", description="Newton-Schulz polynomial; Polar Express by its safety factor"
     )
     newton_schulz_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations")
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="Muon's on a GPU; auto: Triton where it was measured to be faster"
+    )
     qk_clip: float | None = Field(
         None, gt=0, description="bound on attention logits, by scaling query and key rows"
     )

@@ -64,14 +64,15 @@ def choose_implementation(
     gpu = f"compute capability {capability[0]}.{capability[1]}"
     if capability < OLDEST_CAPABILITY:
         return Choice("reference", f"{gpu} is older than the kernels support (8.0)")
-    if not _triton_installed():
+    if not triton_installed():
         return Choice("grouped_mm", "Triton is not installed")
     measured = "" if capability >= MEASURED_CAPABILITY else ", on which the kernels are untested"
     return Choice("triton", f"{gpu}{measured}")
 
 
 @functools.cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
+    """Returns whether Triton is there, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 

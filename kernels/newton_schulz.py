@@ -110,6 +110,7 @@ def orthogonalize(
     dtype: torch.dtype | None = None,
     products: Products | Literal["auto"] = "auto",
     use_graphs: bool = False,
+    at_once: int | None = None,
 ) -> Tensor:
     """Returns the approximate orthogonal polar factor of each matrix, float32, contiguous.
 
@@ -125,6 +126,8 @@ def orthogonalize(
         products: `symmetric` computes half of what is symmetric, in Triton; `torch` all of it;
             `auto` goes by the measured rates in newton_schulz_cost.py.
         use_graphs: replay the iteration as a CUDA graph; no effect on a CPU.
+        at_once: matrices that go through the iteration together; by default what
+            `newton_schulz_chain.matrices_at_once` says.
 
     Raises:
         ValueError: unknown coefficients, or `gram` in bfloat16.
@@ -139,6 +142,7 @@ def orthogonalize(
         method=method,
         products=products,
         use_graphs=use_graphs,
+        at_once=at_once,
     )
     return work_BMN.float()
 
@@ -151,6 +155,7 @@ def orthogonalize_normal_(
     method: Method = "auto",
     products: Products | Literal["auto"] = "auto",
     use_graphs: bool = False,
+    at_once: int | None = None,
 ) -> None:
     """Orthogonalises matrices of norm one (or zero) in place, in their own dtype; contiguous.
 
@@ -162,7 +167,7 @@ def orthogonalize_normal_(
         (num_rows, num_columns), x_BMN.device, x_BMN.dtype,
         num_steps=num_steps, method=method, products=products,
     )  # fmt: skip
-    chain = Chain(chosen.method, chosen.products, tuple(rows))
+    chain = Chain(chosen.method, chosen.products, tuple(rows), at_once)
     iterate_(x_BMN, chain, use_graphs=use_graphs)
 
 
@@ -173,8 +178,10 @@ def normalize(x_BMN: Tensor) -> Tensor:
     neither overflow nor underflow, and nothing is cast before it has norm one.
     """
     x_BMN = x_BMN.float()
-    largest_B11 = x_BMN.abs().amax(dim=(-2, -1), keepdim=True)
+    # By both ends: the largest absolute value without a copy of absolute values.
+    low_B11, high_B11 = (end(x_BMN, dim=(-2, -1), keepdim=True) for end in (torch.amin, torch.amax))
+    largest_B11 = torch.maximum(high_B11, -low_B11)
     unit_BMN = x_BMN / largest_B11.clamp_min(torch.finfo(torch.float32).tiny)
     norm_B11 = torch.linalg.vector_norm(unit_BMN, dim=(-2, -1), keepdim=True)
-    normal_BMN: Tensor = unit_BMN / norm_B11.clamp_min(SMALLEST_NORM)
+    normal_BMN: Tensor = unit_BMN.div_(norm_B11.clamp_min(SMALLEST_NORM))
     return normal_BMN

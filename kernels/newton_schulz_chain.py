@@ -15,24 +15,30 @@ from epctl.kernels.newton_schulz_cost import Iteration, Products, gram_segments
 
 # What of a GPU's L2 the square matrices of a chain may fill; an H100 and an H200 have 50 MB.
 CACHE_BYTES = 48 * 10**6
-# What a chain may write in all, unless a single matrix needs more.
-WORKSPACE_BYTES = 2**27
-NUM_SQUARES = 4
+# What a chain may write in all, unless a single matrix needs more. The library's products get as
+# large batches as they can: they stream through memory anyway, and few tiles leave processors idle.
+WORKSPACE_BYTES: dict[Products, int] = {"symmetric": 2**27, "torch": 2**29}
+LARGEST_GRID = 2**15  # matrices of one launch
+NUM_SQUARES: dict[Iteration, int] = {"standard": 2, "gram": 4}
 
 
 class Chain(NamedTuple):
-    """What is computed: the iteration, the implementation of its products, a row a step."""
+    """What is computed: the iteration, the implementation of its products, a row a step.
+
+    `at_once` overrides `matrices_at_once`.
+    """
 
     method: Iteration
     products: Products
     rows: tuple[tuple[float, float, float], ...]
+    at_once: int | None = None
 
 
 class Workspace(NamedTuple):
-    """What a chain writes beside its matrices: one more of their shape, and four square ones."""
+    """What a chain writes beside its matrices: one more of their shape, and square ones."""
 
     spare_BMN: Tensor
-    squares: tuple[Tensor, Tensor, Tensor, Tensor]
+    squares: tuple[Tensor, ...]
 
 
 class Product(Protocol):
@@ -55,18 +61,27 @@ class Product(Protocol):
     ) -> object: ...
 
 
-def matrices_at_once(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> int:
-    """Returns how many matrices of a shape a chain takes at a time; 0 is all of them, on a CPU."""
-    if device.type != "cuda":
-        return 0
-    short = min(shape)
-    in_cache = CACHE_BYTES // (NUM_SQUARES * short * short * dtype.itemsize)
-    in_all = WORKSPACE_BYTES // workspace_bytes(shape, 1, dtype, use_graphs=True)
-    return max(1, min(in_cache, in_all))
+def matrices_at_once(
+    shape: tuple[int, int], chain: Chain, dtype: torch.dtype, device: torch.device
+) -> int | None:
+    """Returns how many matrices of a shape a chain takes at a time; None is all, on a CPU."""
+    if chain.at_once is not None or device.type != "cuda":
+        return chain.at_once
+    each = workspace_bytes(shape, 1, chain.method, dtype, use_graphs=True)
+    at_once = min(WORKSPACE_BYTES[chain.products] // each, LARGEST_GRID)
+    if chain.products == "symmetric":
+        short = min(shape)
+        squares = NUM_SQUARES[chain.method] * short * short * dtype.itemsize
+        at_once = min(at_once, CACHE_BYTES // squares)
+    return max(1, at_once)
 
 
 def workspace_bytes(
-    shape: tuple[int, int], num_matrices: int, dtype: torch.dtype, use_graphs: bool = False
+    shape: tuple[int, int],
+    num_matrices: int,
+    method: Iteration,
+    dtype: torch.dtype,
+    use_graphs: bool = False,
 ) -> int:
     """Returns the bytes of a chain's workspace for `num_matrices` at a time.
 
@@ -74,37 +89,38 @@ def workspace_bytes(
     """
     short, long = sorted(shape)
     copies = 2 if use_graphs else 1
-    return dtype.itemsize * num_matrices * short * (copies * long + NUM_SQUARES * short)
+    each = short * (copies * long + NUM_SQUARES[method] * short)
+    return dtype.itemsize * num_matrices * each
 
 
-def create_workspace(x_BMN: Tensor) -> Workspace:
+def create_workspace(x_BMN: Tensor, method: Iteration) -> Workspace:
     """Returns the workspace for one chain over `x_BMN`."""
     short = min(x_BMN.shape[-2:])
-    squares = x_BMN.new_empty(NUM_SQUARES, x_BMN.shape[0], short, short)
-    first, second, third, fourth = squares
-    return Workspace(torch.empty_like(x_BMN), (first, second, third, fourth))
+    squares = x_BMN.new_empty(NUM_SQUARES[method], x_BMN.shape[0], short, short)
+    return Workspace(torch.empty_like(x_BMN), squares.unbind())
 
 
 def iterate_(x_BMN: Tensor, chain: Chain, *, use_graphs: bool = False) -> None:
     """Runs a chain over each matrix of a contiguous batch, in place."""
     assert x_BMN.is_contiguous()
+    num_matrices, num_rows, num_columns = x_BMN.shape
     if x_BMN.numel() == 0:
         return
-    size = matrices_at_once(tuple(x_BMN.shape[-2:]), x_BMN.dtype, x_BMN.device)  # type: ignore[arg-type]
-    size = min(size or x_BMN.shape[0], x_BMN.shape[0])
+    size = matrices_at_once((num_rows, num_columns), chain, x_BMN.dtype, x_BMN.device)
+    size = min(size or num_matrices, num_matrices)
     if use_graphs and x_BMN.device.type == "cuda":
         from epctl.kernels.newton_schulz_graph import replay_
 
         replay_(x_BMN, chain, size)
         return
-    workspace = create_workspace(x_BMN[:size])
+    workspace = create_workspace(x_BMN[:size], chain.method)
     for part_BMN in torch.split(x_BMN, size):
         run_chain_(part_BMN, chain, _first(workspace, part_BMN.shape[0]))
 
 
 def _first(workspace: Workspace, num_matrices: int) -> Workspace:
-    first, second, third, fourth = (square[:num_matrices] for square in workspace.squares)
-    return Workspace(workspace.spare_BMN[:num_matrices], (first, second, third, fourth))
+    squares = tuple(square[:num_matrices] for square in workspace.squares)
+    return Workspace(workspace.spare_BMN[:num_matrices], squares)
 
 
 def run_chain_(x_BMN: Tensor, chain: Chain, workspace: Workspace) -> None:
@@ -161,13 +177,13 @@ def symmetric_product(
 
 
 Rows = tuple[tuple[float, float, float], ...]
-Squares = tuple[Tensor, Tensor, Tensor, Tensor]
+Squares = tuple[Tensor, ...]
 
 
 def _standard(
     x_BRL: Tensor, spare_BRL: Tensor, squares: Squares, rows: Rows, product: Product
 ) -> Tensor:
-    gram_BRR, poly_BRR, *_ = squares
+    gram_BRR, poly_BRR = squares
     for a, b, c in rows:
         product(x_BRL, x_BRL, out=gram_BRR)
         product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b, out=poly_BRR)

@@ -19,9 +19,11 @@ from epctl.kernels.newton_schulz_chain import (
     NUM_SQUARES,
     Chain,
     Workspace,
+    create_workspace,
     run_chain_,
     workspace_bytes,
 )
+from epctl.kernels.newton_schulz_cost import Iteration
 
 # What a view of the shared block starts at: the copy engine's windows need 16 bytes.
 ALIGNMENT = 512
@@ -101,8 +103,9 @@ class GraphCache:
 
     def _place(self, key: GraphKey) -> tuple[Tensor, Workspace]:
         num_matrices, num_rows, num_columns = key.shape
+        num_squares = NUM_SQUARES[key.chain.method]
         short = min(num_rows, num_columns)
-        shapes = [key.shape, key.shape, *[(num_matrices, short, short)] * NUM_SQUARES]
+        shapes = [key.shape, key.shape, *[(num_matrices, short, short)] * num_squares]
         sizes = [_aligned(math.prod(shape) * key.dtype.itemsize) for shape in shapes]
         if sum(sizes) > self.block.numel():
             self.captured.clear()
@@ -113,15 +116,16 @@ class GraphCache:
             used = math.prod(shape) * key.dtype.itemsize
             views.append(self.block[begin : begin + used].view(key.dtype).view(shape))
             begin += size
-        x_BMN, spare_BMN, first, second, third, fourth = views
-        return x_BMN, Workspace(spare_BMN, (first, second, third, fourth))
+        x_BMN, spare_BMN, *squares = views
+        return x_BMN, Workspace(spare_BMN, tuple(squares))
 
 
-def block_bytes(shape: tuple[int, int], num_matrices: int, dtype: torch.dtype) -> int:
+def block_bytes(
+    shape: tuple[int, int], num_matrices: int, method: Iteration, dtype: torch.dtype
+) -> int:
     """Returns an upper bound of the shared block for chains of one shape."""
-    return workspace_bytes(shape, num_matrices, dtype, use_graphs=True) + ALIGNMENT * (
-        2 + NUM_SQUARES
-    )
+    needed = workspace_bytes(shape, num_matrices, method, dtype, use_graphs=True)
+    return needed + ALIGNMENT * (2 + NUM_SQUARES[method])
 
 
 def _aligned(num_bytes: int) -> int:
@@ -142,9 +146,7 @@ def replay_(x_BMN: Tensor, chain: Chain, size: int, cache: GraphCache | None = N
         key = GraphKey(tuple(part_BMN.shape), part_BMN.dtype, chain)
         captured = cache.get(key)
         if captured is None:
-            from epctl.kernels.newton_schulz_chain import create_workspace
-
-            run_chain_(part_BMN, chain, create_workspace(part_BMN))
+            run_chain_(part_BMN, chain, create_workspace(part_BMN, chain.method))
             continue
         captured.x_BMN.copy_(part_BMN)
         captured.graph.replay()

@@ -18,6 +18,7 @@ MUON_ONLY = (
     "newton_schulz",
     "coefficients",
     "newton_schulz_steps",
+    "kernels",
     "router",
 )
 # What the engine's own Muon has no setting for, or epctl's own code around it would do.
@@ -25,6 +26,7 @@ NOT_IN_DEEPSPEED_MUON = (
     "nesterov",
     "update_scale",
     "newton_schulz_steps",
+    "kernels",
     "router",
     "momentum_dtype",
     "coefficients",

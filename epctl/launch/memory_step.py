@@ -50,7 +50,7 @@ def _muon_workspace(shape: ModelShape, local: LocalCounts, plan: RankPlan) -> Te
     travels = chunk if plan.num_ranks > 1 else 0
     return Term(
         "Muon's matrices at work", "optimizer work", 16 * chunk + 8 * travels,
-        "16 B x chunk: momentum mix, normalised copy, iteration in half precision; "
+        "16 B x chunk: matrices assembled, normalised and at work in half precision; "
         "8 B x chunk travels to and from owners",
         Phase.STEP, values={"chunk": chunk, "largest matrix": largest},
     )  # fmt: skip

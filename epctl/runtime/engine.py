@@ -115,6 +115,7 @@ def muon_rule(optim: OptimSection) -> MuonRule:
         num_steps=optim.newton_schulz_steps,
         coefficients=optim.coefficients,
         method=optim.newton_schulz,
+        kernels=optim.kernels,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,9 @@ class MatrixSlices:
         flops: int = iteration_flops(choose_method(*shape).method, *shape)
         return flops
 
+    def is_whole(self, piece: Piece) -> bool:
+        return piece.num_elements == self.num_elements
+
     @property
     def holders(self) -> set[int]:
         return {piece.rank for piece in self.pieces}
@@ -103,17 +107,50 @@ class OwnedPiece:
     piece: Piece
 
 
+class ReturnedPiece(NamedTuple):
+    """A piece whose matrix, of `shape`, is owned elsewhere: its update comes back."""
+
+    shape: tuple[int, int]
+    piece: Piece
+
+
+@dataclass
+class Run:
+    """Whole matrices of one shape that lie next to each other in a rank's own flat tensor."""
+
+    shape: tuple[int, int]
+    index: int
+    count: int
+    offset: int
+    tensor: int
+
+    @property
+    def num_elements(self) -> int:
+        return self.count * self.shape[0] * self.shape[1]
+
+    def takes(self, index: int, piece: Piece) -> bool:
+        """True if a whole matrix at `index` of the batch continues this run."""
+        follows = index == self.index + self.count and piece.tensor == self.tensor
+        return follows and piece.offset == self.offset + self.num_elements
+
+
 @dataclass
 class Chunk:
-    """What one rank does in one exchange; lists are in the same order on both ends."""
+    """What one rank does in one exchange; lists are in the same order on both ends.
+
+    An owned matrix is either whole at home, in a run, or assembled from slices, of which some may
+    be at home as well.
+    """
 
     num_ranks: int
     num_owned: dict[tuple[int, int], int] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    assembled: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     at_home: list[OwnedPiece] = field(default_factory=list)
     slices_to: list[list[Piece]] = field(init=False)
     slices_from: list[list[OwnedPiece]] = field(init=False)
     updates_to: list[list[OwnedPiece]] = field(init=False)
-    updates_from: list[list[Piece]] = field(init=False)
+    updates_from: list[list[ReturnedPiece]] = field(init=False)
     slices_travel: bool = False
     updates_travel: bool = False
 
@@ -129,30 +166,46 @@ class Chunk:
         index = self.num_owned.get(shape, 0)
         if owner == rank:
             self.num_owned[shape] = index + 1
+            whole = next((p for p in matrix.pieces if matrix.is_whole(p) and p.rank == rank), None)
+            if whole:
+                self._extend_runs(shape, index, whole)
+            else:
+                self.assembled.setdefault(shape, []).append(index)
         for piece in matrix.pieces:
-            self._place(OwnedPiece(shape, index, piece), owner, rank, matrix.replicated)
+            self._place(OwnedPiece(shape, index, piece), owner, rank, matrix)
         elsewhere = matrix.holders != {owner}
         self.updates_travel |= elsewhere
         self.slices_travel |= elsewhere and not matrix.replicated
 
-    def _place(self, owned: OwnedPiece, owner: int, rank: int, replicated: bool) -> None:
+    def _extend_runs(self, shape: tuple[int, int], index: int, piece: Piece) -> None:
+        if self.runs and self.runs[-1].shape == shape and self.runs[-1].takes(index, piece):
+            self.runs[-1].count += 1
+        else:
+            self.runs.append(Run(shape, index, 1, piece.offset, piece.tensor))
+
+    def _place(self, owned: OwnedPiece, owner: int, rank: int, matrix: MatrixSlices) -> None:
         piece = owned.piece
         if piece.rank == owner == rank:
-            self.at_home.append(owned)
+            if not matrix.is_whole(piece):
+                self.at_home.append(owned)
         elif piece.rank == rank:
-            self.updates_from[owner].append(piece)
-            if not replicated:
+            self.updates_from[owner].append(ReturnedPiece(owned.shape, piece))
+            if not matrix.replicated:
                 self.slices_to[owner].append(piece)
         elif owner == rank:
             self.updates_to[piece.rank].append(owned)
-            if not replicated:
+            if not matrix.replicated:
                 self.slices_from[piece.rank].append(owned)
 
     @property
-    def num_sent_elements(self) -> int:
-        """Elements this rank sends in both directions."""
-        slices = sum(piece.num_elements for pieces in self.slices_to for piece in pieces)
-        return slices + sum(o.piece.num_elements for owned in self.updates_to for o in owned)
+    def num_sent_slice_elements(self) -> int:
+        """Elements of slices this rank sends to owners."""
+        return sum(piece.num_elements for pieces in self.slices_to for piece in pieces)
+
+    @property
+    def num_sent_update_elements(self) -> int:
+        """Elements of updates this rank sends back as an owner."""
+        return sum(o.piece.num_elements for owned in self.updates_to for o in owned)
 
 
 def plan_exchange(
@@ -188,80 +241,139 @@ def plan_exchange(
 Batches = dict[tuple[int, int], Tensor]
 
 
-def gather_to_owners(
-    flats: Sequence[Tensor],
-    chunk: Chunk,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> Batches:
-    """Returns the matrices this rank owns, one batch [B, M, N] a shape, on `device`.
+class Exchange:
+    """One all-to-all under way: what is sent and received lives until it is waited for."""
 
-    A collective where slices travel. Flat tensors may be elsewhere (optimizer state offloaded).
+    def __init__(
+        self,
+        sent: list[list[Tensor]],
+        received_sizes: list[int],
+        dtype: torch.dtype,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        parts = [part.to(device) for to_rank in sent for part in to_rank]
+        self._outgoing = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
+        self._received = torch.empty(sum(received_sizes), dtype=dtype, device=device)
+        self.num_sent_bytes = self._outgoing.nbytes
+        sent_sizes = [sum(part.numel() for part in to_rank) for to_rank in sent]
+        self._work = dist.all_to_all_single(
+            self._received, self._outgoing, received_sizes, sent_sizes, group=group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """Returns what came, in the order of ranks; on a GPU only the stream waits."""
+        assert self._work is not None
+        self._work.wait()
+        del self._outgoing
+        return self._received
+
+
+class SlicesToOwners:
+    """Slices of a chunk's matrices on their way to their owners.
+
+    A collective where slices travel, issued here and waited for in `assemble`.
+
+    Args:
+        flats: this rank's directions, float32; may be on a CPU when `device` is not (offload).
+        device: where matrices are orthogonalised.
     """
-    owned = {
-        shape: torch.empty(count, *shape, dtype=torch.float32, device=device)
-        for shape, count in chunk.num_owned.items()
-    }
-    for entry in chunk.at_home:
-        _owned_view(owned, entry).copy_(_flat_view(flats, entry.piece))
-    if chunk.slices_travel:
-        sent = [[_flat_view(flats, piece) for piece in pieces] for pieces in chunk.slices_to]
-        received = _exchange(sent, [_size(entries) for entries in chunk.slices_from], group, device)
-        entries = [entry for entries in chunk.slices_from for entry in entries]
-        parts = _parts(received, [entry.piece for entry in entries])
-        for entry, part in zip(entries, parts, strict=True):
-            _owned_view(owned, entry).copy_(part)
-    return owned
+
+    def __init__(
+        self,
+        flats: Sequence[Tensor],
+        chunk: Chunk,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        self._flats, self._chunk, self._device = flats, chunk, device
+        self._exchange: Exchange | None = None
+        if chunk.slices_travel:
+            sent = [[piece_of(flats, piece) for piece in pieces] for pieces in chunk.slices_to]
+            sizes = [_size(entries) for entries in chunk.slices_from]
+            self._exchange = Exchange(sent, sizes, torch.float32, group, device)
+
+    def assemble(self) -> Batches:
+        """Returns the matrices that came in slices, float32 [B, M, N] a shape.
+
+        Matrix b of a batch is number `chunk.assembled[shape][b]` of those owned.
+        """
+        chunk = self._chunk
+        batches = {
+            shape: torch.empty(len(indices), *shape, dtype=torch.float32, device=self._device)
+            for shape, indices in chunk.assembled.items()
+        }
+        places = {
+            (shape, index): place
+            for shape, indices in chunk.assembled.items()
+            for place, index in enumerate(indices)
+        }
+
+        def view(entry: OwnedPiece) -> Tensor:
+            matrix = batches[entry.shape][places[entry.shape, entry.index]].view(-1)
+            return matrix.narrow(0, entry.piece.start, entry.piece.num_elements)
+
+        for entry in chunk.at_home:
+            view(entry).copy_(piece_of(self._flats, entry.piece))
+        if self._exchange is not None:
+            entries = [entry for entries in chunk.slices_from for entry in entries]
+            received = self._exchange.wait()
+            for entry, part in zip(entries, _parts(received, entries), strict=True):
+                view(entry).copy_(part)
+        return batches
 
 
-def scatter_from_owners(
-    owned: Batches,
-    flats: Sequence[Tensor],
-    chunk: Chunk,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> None:
-    """Writes each matrix into the flat tensors its pieces came from, in place.
+class UpdatesFromOwners:
+    """Updates of a chunk's matrices on their way back, in the dtype they were computed in.
 
-    A collective where updates travel.
+    A collective where updates travel, issued here and waited for in `received`.
     """
-    for entry in chunk.at_home:
-        _flat_view(flats, entry.piece).copy_(_owned_view(owned, entry))
-    if chunk.updates_travel:
-        sent = [[_owned_view(owned, entry) for entry in entries] for entries in chunk.updates_to]
-        sizes = [sum(piece.num_elements for piece in pieces) for pieces in chunk.updates_from]
-        received = _exchange(sent, sizes, group, device)
-        pieces = [piece for pieces in chunk.updates_from for piece in pieces]
-        for piece, part in zip(pieces, _parts(received, pieces), strict=True):
-            _flat_view(flats, piece).copy_(part)
+
+    def __init__(
+        self,
+        owned: Batches,
+        chunk: Chunk,
+        dtype: torch.dtype,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        self._entries = [entry for entries in chunk.updates_from for entry in entries]
+        self._exchange: Exchange | None = None
+        if chunk.updates_travel:
+            sent = [[part_of(owned, entry) for entry in entries] for entries in chunk.updates_to]
+            sizes = [_size(entries) for entries in chunk.updates_from]
+            self._exchange = Exchange(sent, sizes, dtype, group, device)
+
+    def received(self) -> list[tuple[ReturnedPiece, Tensor]]:
+        """Returns each piece of this rank whose matrix is owned elsewhere, with its update."""
+        if self._exchange is None:
+            return []
+        parts = _parts(self._exchange.wait(), self._entries)
+        return list(zip(self._entries, parts, strict=True))
 
 
-def _flat_view(flats: Sequence[Tensor], piece: Piece) -> Tensor:
-    return flats[piece.tensor].narrow(0, piece.offset, piece.num_elements)
+def piece_of(flats: Sequence[Tensor], piece: Piece) -> Tensor:
+    """Returns the elements of a piece in this rank's flat tensors."""
+    return flats[piece.tensor].view(-1).narrow(0, piece.offset, piece.num_elements)
 
 
-def _owned_view(owned: Batches, entry: OwnedPiece) -> Tensor:
+def run_of(flats: Sequence[Tensor], run: Run) -> Tensor:
+    """Returns the elements of a run in this rank's flat tensors."""
+    return flats[run.tensor].view(-1).narrow(0, run.offset, run.num_elements)
+
+
+def part_of(owned: Batches, entry: OwnedPiece) -> Tensor:
+    """Returns a piece of an owned matrix."""
     matrix = owned[entry.shape][entry.index].view(-1)
     return matrix.narrow(0, entry.piece.start, entry.piece.num_elements)
 
 
-def _size(entries: Sequence[OwnedPiece]) -> int:
+Entries = Sequence[OwnedPiece] | Sequence[ReturnedPiece]
+
+
+def _size(entries: Entries) -> int:
     return sum(entry.piece.num_elements for entry in entries)
 
 
-def _parts(received: Tensor, pieces: Sequence[Piece]) -> tuple[Tensor, ...]:
-    return torch.split(received, [piece.num_elements for piece in pieces])
-
-
-def _exchange(
-    sent: list[list[Tensor]],
-    received_sizes: list[int],
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> Tensor:
-    parts = [part.to(device) for to_rank in sent for part in to_rank]
-    outgoing = torch.cat(parts) if parts else torch.empty(0, device=device)
-    received = torch.empty(sum(received_sizes), dtype=torch.float32, device=device)
-    sent_sizes = [sum(part.numel() for part in to_rank) for to_rank in sent]
-    dist.all_to_all_single(received, outgoing, received_sizes, sent_sizes, group=group)
-    return received
+def _parts(received: Tensor, entries: Entries) -> tuple[Tensor, ...]:
+    return torch.split(received, [entry.piece.num_elements for entry in entries])

@@ -43,10 +43,11 @@ class MuonUnit:
     def num_owned(self) -> int:
         return sum(count for chunk in self.chunks for count in chunk.num_owned.values())
 
-    @property
-    def num_sent_bytes(self) -> int:
-        """Bytes this rank sends a step: slices and updates travel in float32."""
-        return torch.float32.itemsize * sum(chunk.num_sent_elements for chunk in self.chunks)
+    def num_sent_bytes(self, update_dtype: torch.dtype) -> int:
+        """Bytes this rank sends a step: slices in float32, updates in the iteration's dtype."""
+        slices = sum(chunk.num_sent_slice_elements for chunk in self.chunks)
+        updates = sum(chunk.num_sent_update_elements for chunk in self.chunks)
+        return torch.float32.itemsize * slices + update_dtype.itemsize * updates
 
 
 def plan_units(

@@ -1,4 +1,4 @@
-"""The Muon update of a batch of matrices: momentum, orthogonal factor, scale. Pure."""
+"""The Muon update of a batch of matrices: momentum, norm, orthogonal factor, scale. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from epctl.kernels.newton_schulz import Method, orthogonalize
+from epctl.kernels.muon_passes import (
+    Implementation,
+    Kernels,
+    apply_update_,
+    choose_passes,
+    mix_momentum_,
+    normalize_into,
+)
+from epctl.kernels.newton_schulz import Method, iteration_dtype, orthogonalize_normal_
 
 UpdateScale = Literal["match_rms_adamw", "original"]
 
@@ -36,28 +44,53 @@ class MuonRule:
     num_steps: int = 5
     coefficients: str = "you"
     method: Method = "auto"
+    kernels: Kernels = "auto"
 
     def mix_momentum_(self, gradient: Tensor, buffer: Tensor) -> None:
-        """Folds the gradient into the momentum (a moving average) and turns it into the direction.
+        """Folds the gradient into the momentum and turns it into the direction, both in place."""
+        mix_momentum_(
+            gradient, buffer, self.momentum, nesterov=self.nesterov,
+            implementation=self.passes(gradient.device),
+        )  # fmt: skip
 
-        Both float32 tensors of one shape, changed in place; the buffer may be bfloat16, which is
-        rounded once, after the sum in float32.
-        """
-        average = buffer.float().lerp_(gradient.view_as(buffer), 1 - self.momentum)
-        if average is not buffer:
-            buffer.copy_(average)
-        if self.nesterov:
-            gradient.lerp_(average.view_as(gradient), self.momentum)
-        else:
-            gradient.copy_(average.view_as(gradient))
+    def normalize_into(self, direction_BMN: Tensor, out_BMN: Tensor) -> None:
+        """Writes each matrix with norm one, in the dtype of the iteration."""
+        normalize_into(direction_BMN, out_BMN, implementation=self.passes(out_BMN.device))
+
+    def orthogonalize_(self, normal_BMN: Tensor) -> None:
+        """Replaces matrices of norm one by their orthogonal factors, not scaled, in place."""
+        products: Literal["auto", "torch", "symmetric"] = "auto"
+        if self.kernels != "auto":
+            products = "symmetric" if self.kernels == "triton" else "torch"
+        orthogonalize_normal_(
+            normal_BMN,
+            num_steps=self.num_steps,
+            coefficients=self.coefficients,
+            method=self.method,
+            products=products,
+            use_graphs=self.passes(normal_BMN.device) == "triton",
+        )
+
+    def apply_(
+        self, weight: Tensor, factor: Tensor, shape: tuple[int, int], rate: float, decay: float
+    ) -> None:
+        """Decays `weight` and takes the step along orthogonal factors of a shape, in place."""
+        apply_update_(
+            weight, factor, rate=rate, scale=update_scale(*shape, self.scale), decay=decay,
+            implementation=self.passes(weight.device),
+        )  # fmt: skip
+
+    def passes(self, device: torch.device) -> Implementation:
+        """Returns what runs on `device`; beside a GPU, masters in host memory are torch's."""
+        if device.type == "cpu" and torch.cuda.is_available():
+            return "torch"
+        return choose_passes(device, self.kernels).implementation
 
     def update_of(self, direction_BMN: Tensor) -> Tensor:
         """Returns the scaled orthogonal factor of each matrix, float32."""
         num_rows, num_columns = direction_BMN.shape[-2:]
-        orthogonal_BMN: Tensor = orthogonalize(
-            direction_BMN,
-            num_steps=self.num_steps,
-            coefficients=self.coefficients,
-            method=self.method,
-        )
-        return orthogonal_BMN.mul_(update_scale(num_rows, num_columns, self.scale))
+        dtype = iteration_dtype(direction_BMN.device)
+        normal_BMN = torch.empty_like(direction_BMN, dtype=dtype)
+        self.normalize_into(direction_BMN, normal_BMN)
+        self.orthogonalize_(normal_BMN)
+        return normal_BMN.float().mul_(update_scale(num_rows, num_columns, self.scale))

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from epctl.kernels.newton_schulz import iteration_dtype
 from epctl.runtime.attention_logits import AttentionLogits
 from epctl.runtime.deepspeed_seams import FlatPartition, full_shape
-from epctl.runtime.muon_exchange import (
-    DEFAULT_CHUNK_ELEMENTS,
-    gather_to_owners,
-    scatter_from_owners,
-)
+from epctl.runtime.muon_exchange import DEFAULT_CHUNK_ELEMENTS
 from epctl.runtime.muon_plan import MuonUnit, RowBlocks, first_parameter, plan_units
 from epctl.runtime.muon_rule import MuonRule
+from epctl.runtime.muon_step import UnitStep, step_units
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -78,6 +76,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             device: where matrices are orthogonalised, if not where the partitions are.
         """
         self._device = device or partitions[0].flat.device
+        self.rule.passes(self._device)  # what cannot run is refused before the first step
         self._partitions = {id(partition.flat): partition for partition in partitions}
         kinds = [self._kind_of[id(first_parameter(p))] for p in partitions]
         on_muon = [p for p, kind in zip(partitions, kinds, strict=True) if kind == "muon"]
@@ -135,7 +134,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @property
     def num_sent_bytes(self) -> int:
         """Bytes this rank sends to other ranks in a step, slices and updates."""
-        return sum(unit.num_sent_bytes for unit in self._units)
+        dtype = iteration_dtype(self._device)
+        return sum(unit.num_sent_bytes(dtype) for unit in self._units)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -146,9 +146,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._skips_steps:
             return
         groups = {id(flat): group for group in self.param_groups for flat in group["params"]}
-        for unit in self._units:
-            if id(unit.flats[0]) in groups:
-                self._step_muon(unit, [groups[id(flat)] for flat in unit.flats])
+        steps = [
+            self._unit_step(unit, [groups[id(flat)] for flat in unit.flats])
+            for unit in self._units
+            if id(unit.flats[0]) in groups
+        ]
+        step_units(steps, self.rule, self._device)
         for group in self.param_groups:
             for flat in group["params"]:
                 if group["kind"] == "adamw" and flat.grad is not None:
@@ -174,27 +177,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _step_muon(self, unit: MuonUnit, groups: list[dict[str, Any]]) -> None:
-        """Mixes momentum where the gradient is, orthogonalises chunk by chunk, updates in place."""
-        updates = [self._mixed_gradient(flat) for flat in unit.flats]
-        for chunk in unit.chunks:
-            owned = gather_to_owners(updates, chunk, unit.process_group, self._device)
-            for shape in owned:
-                owned[shape] = self.rule.update_of(owned[shape])
-            scatter_from_owners(owned, updates, chunk, unit.process_group, self._device)
-        for flat, update, group in zip(unit.flats, updates, groups, strict=True):
-            flat.mul_(1 - group["lr"] * group["weight_decay"])
-            flat.add_(update.view_as(flat), alpha=-group["lr"])
+    def _unit_step(self, unit: MuonUnit, groups: list[dict[str, Any]]) -> UnitStep:
+        return UnitStep(
+            unit,
+            gradients=[self._gradient(flat) for flat in unit.flats],
+            buffers=[self.state[flat]["momentum_buffer"] for flat in unit.flats],
+            rates=[group["lr"] for group in groups],
+            decays=[group["weight_decay"] for group in groups],
+        )
 
-    def _mixed_gradient(self, flat: Tensor) -> Tensor:
-        """Returns Muon's direction as one flat float32 tensor, written over the gradient.
+    def _gradient(self, flat: Tensor) -> Tensor:
+        """Returns the gradient in float32, which the step writes Muon's direction over.
 
-        Without a gradient (an expert no token reached) the momentum goes on alone.
+        Without one (an expert no token reached) it is zero: the momentum goes on alone.
         """
         gradient = torch.zeros_like(flat) if flat.grad is None else flat.grad
-        gradient = gradient.detach().to(torch.float32).contiguous()
-        self.rule.mix_momentum_(gradient, self.state[flat]["momentum_buffer"])
-        return gradient.view(-1)
+        return gradient.detach().to(torch.float32).contiguous()
 
     def _scale_rows(self, flat: Tensor) -> None:
         assert self._partitions is not None

@@ -119,18 +119,31 @@ class Counted:
     def __init__(self) -> None:
         self.num_orthogonalized = 0
         self.num_sent_bytes = 0
-        update_of, exchange = MuonRule.update_of, muon_exchange._exchange
+        self.events: list[tuple[str, int]] = []
+        orthogonalize_, start = MuonRule.orthogonalize_, muon_exchange.Exchange.__init__
 
-        def counted_update(rule: MuonRule, batch: torch.Tensor) -> torch.Tensor:
+        def counted_update(rule: MuonRule, batch: torch.Tensor) -> None:
             self.num_orthogonalized += batch.shape[0]
-            return update_of(rule, batch)
+            self.events.append(("orthogonalize", batch.shape[0]))
+            orthogonalize_(rule, batch)
 
-        def counted_exchange(sent: list[list[torch.Tensor]], *rest: Any) -> torch.Tensor:
+        def counted_start(
+            exchange: Any, sent: list[list[torch.Tensor]], *rest: Any, **named: Any
+        ) -> None:
             self.num_sent_bytes += sum(part.nbytes for parts in sent for part in parts)
-            return exchange(sent, *rest)
+            exchange.epctl_number = sum(kind == "start" for kind, _ in self.events)
+            self.events.append(("start", exchange.epctl_number))
+            start(exchange, sent, *rest, **named)
 
-        MuonRule.update_of = counted_update  # type: ignore[method-assign]
-        muon_exchange._exchange = counted_exchange
+        wait = muon_exchange.Exchange.wait
+
+        def counted_wait(exchange: Any) -> torch.Tensor:
+            self.events.append(("wait", exchange.epctl_number))
+            return wait(exchange)
+
+        MuonRule.orthogonalize_ = counted_update  # type: ignore[method-assign]
+        muon_exchange.Exchange.__init__ = counted_start  # type: ignore[method-assign]
+        muon_exchange.Exchange.wait = counted_wait  # type: ignore[method-assign]
 
 
 COUNTED = Counted()
@@ -225,6 +238,7 @@ def owners_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     layout = dataclasses.replace(layout, flat=flat)
     optimizer.wire([layout])
     optimizer.param_groups[0]["params"] = [flat]
+    COUNTED.events.clear()
     for _ in range(3):
         gradients = {id(p): torch.randn(p.shape, generator=generator).view(-1) for p in parameters}
         flat.grad = torch.zeros_like(flat)
@@ -243,7 +257,14 @@ def owners_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         parameter.data = whole.view_as(parameter)
     if dist.get_rank() == 0:
         torch.save([p.data for p in parameters], folder / f"{case['name']}.pt")
-    return {"num_owned": optimizer.num_owned_matrices, "num_sent_bytes": optimizer.num_sent_bytes}
+    return {
+        "num_owned": optimizer.num_owned_matrices,
+        "num_sent_bytes": optimizer.num_sent_bytes,
+        "num_travelling": sum(
+            chunk.slices_travel for unit in optimizer._units for chunk in unit.chunks
+        ),
+        "events": COUNTED.events.copy(),
+    }
 
 
 def _by_hand(parameters: list[nn.Parameter], layout: str) -> seams.FlatPartition:

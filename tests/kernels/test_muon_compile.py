@@ -98,3 +98,41 @@ def test_symmetric_products_compile(name: str, variant: str, tmp_path: Path) -> 
     # 16 bytes a store, the mirror's as well: a mask by element would make them 2.
     assert set(re.findall(r"st\.global\.\S+", ptx)) == {"st.global.v4.b32"}
     assert stack_bytes(compiled, tmp_path) == 0
+
+
+PASSES = {
+    "mix float32": ("_mix_kernel", {"gradient_ptr": "*fp32", "buffer_ptr": "*fp32"}),
+    "mix bfloat16": ("_mix_kernel", {"gradient_ptr": "*fp32", "buffer_ptr": "*bf16"}),
+    "squares": ("_squares_kernel", {"x_ptr": "*fp32", "squares_ptr": "*fp64"}),
+    "normalize": (
+        "_normalize_kernel",
+        {"x_ptr": "*fp32", "squares_ptr": "*fp64", "out_ptr": "*fp16"},
+    ),
+    "apply": ("_apply_kernel", {"weight_ptr": "*fp32", "update_ptr": "*fp16"}),
+}
+SCALARS = {
+    "num_elements": "i64", "size": "i32", "num_spans": "i32",
+    "momentum": "fp32", "kept": "fp32", "rate": "fp32", "scale": "fp32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_compile(name: str, tmp_path: Path) -> None:
+    from epctl.kernels import muon_passes_triton as passes
+
+    kernel_name, pointers = PASSES[name]
+    kernel = getattr(passes, kernel_name)
+    scalars = {key: kind for key, kind in SCALARS.items() if key in kernel.arg_names}
+    constants = {
+        "NESTEROV": True, "BLOCK": passes.BLOCK, "SPAN": passes.SPAN, "NUM_SPANS": 128,
+    }  # fmt: skip
+    compiled = compile_for_hopper(
+        kernel,
+        {**pointers, **scalars},
+        {key: value for key, value in constants.items() if key in kernel.arg_names},
+        aligned=("num_elements", "size"),
+        num_warps=passes.NUM_WARPS,
+    )
+    wide = re.findall(r"ld\.global\.v\d\.b\d+", compiled.asm["ptx"])
+    assert wide, "elements are read one by one"
+    assert stack_bytes(compiled, tmp_path) == 0

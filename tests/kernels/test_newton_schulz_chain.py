@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import warnings
 import weakref
 from typing import Any
@@ -66,15 +67,14 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 @pytest.mark.parametrize("size", [1, 3, 12])
 def test_workspace_is_the_formula_and_does_not_grow_with_the_batch(
-    method: Any, shape: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
+    method: Any, shape: tuple[int, int], size: int
 ) -> None:
-    monkeypatch.setattr(chains, "matrices_at_once", lambda *args: size)
     x_BMN = batch(12, *shape)
     gc.collect()
     with Allocations() as counted:
-        iterate_(x_BMN, Chain(method, "torch", ROWS))
+        iterate_(x_BMN, Chain(method, "torch", ROWS, at_once=size))
     # The batch itself is among the storages once an operation has returned a view of it.
-    allowed = workspace_bytes(shape, size, torch.float32) + x_BMN.nbytes
+    allowed = workspace_bytes(shape, size, method, torch.float32) + x_BMN.nbytes
     assert allowed - x_BMN.nbytes < counted.peak <= allowed
 
 
@@ -84,23 +84,26 @@ def test_workspace_of_moonlights_matrices_is_small() -> None:
     shapes = ((1408, 2048), (2048, 1408), (2816, 2048), (11264, 2048), (3072, 2048), (576, 2048))
     shapes += ((4096, 512), (2048, 2048), (64, 2048))
     for shape in shapes:
-        size = chains.matrices_at_once(shape, half, device)
-        assert graphs.block_bytes(shape, size, half) <= 2**28, shape
-    assert chains.matrices_at_once((1408, 2048), half, device) == 3
-    assert chains.matrices_at_once((11264, 2048), half, device) == 1
-    assert chains.matrices_at_once((64, 2048), half, device) > 100
+        for method, products in itertools.product(("standard", "gram"), ("torch", "symmetric")):
+            chain = Chain(method, products, ROWS)  # type: ignore[arg-type]
+            size = chains.matrices_at_once(shape, chain, half, device)
+            assert size
+            largest = 2**28 if products == "symmetric" else 2**29 + 2**12
+            assert graphs.block_bytes(shape, size, chain.method, half) <= largest, shape
+    chain = Chain("gram", "symmetric", ROWS)
+    sizes = [chains.matrices_at_once(s, chain, half, device) for s in ((1408, 2048), (11264, 2048))]
+    assert sizes == [3, 1]
+    assert chains.matrices_at_once((64, 2048), chain, half, device) > 100  # type: ignore[operator]
+    assert chains.matrices_at_once((1408, 2048), chain, half, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
-def test_chunks_give_the_same_as_one_matrix_at_a_time(
-    method: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_give_the_same_as_all_at_once(method: Any) -> None:
     x_BMN = batch(5, 24, 40)
     whole = x_BMN.clone()
     orthogonalize_normal_(whole, method=method)
-    monkeypatch.setattr(chains, "matrices_at_once", lambda *args: 2)
     parts = x_BMN.clone()
-    orthogonalize_normal_(parts, method=method)
+    orthogonalize_normal_(parts, method=method, at_once=2)
     # Library kernels depend on the batch size: float32 rounding times the polynomial's gain.
     assert float((whole - parts).norm() / whole.norm()) < 485 * 2.0**-24
     assert not torch.equal(parts, x_BMN)
@@ -142,7 +145,7 @@ def test_replays_give_what_the_chain_gives(method: Any) -> None:
         x_BMN = batch(*shape)
         expected = x_BMN.clone()
         for part in expected.split(2):
-            chains.run_chain_(part, chain, chains.create_workspace(part))
+            chains.run_chain_(part, chain, chains.create_workspace(part, chain.method))
         for _ in range(2):  # the second time from graphs alone
             found = x_BMN.clone()
             graphs.replay_(found, chain, 2, cache)
@@ -155,10 +158,10 @@ def test_all_graphs_share_one_block_as_large_as_the_largest_needs() -> None:
     for shape in ((4, 16, 24), (4, 48, 64), (4, 16, 24)):  # the block grows in between
         x_BMN = batch(*shape)
         expected = x_BMN.clone()
-        chains.run_chain_(expected, chain, chains.create_workspace(expected))
+        chains.run_chain_(expected, chain, chains.create_workspace(expected, chain.method))
         graphs.replay_(x_BMN, chain, 4, cache)
         assert torch.equal(x_BMN, expected)
-    assert cache.block.numel() <= graphs.block_bytes((48, 64), 4, torch.float32)
+    assert cache.block.numel() <= graphs.block_bytes((48, 64), 4, "gram", torch.float32)
     assert cache.num_recorded == 3  # the small one twice: its first place is gone
     storages = {item.x_BMN.untyped_storage().data_ptr() for item in cache.captured.values()}
     assert storages == {cache.block.untyped_storage().data_ptr()}
@@ -169,7 +172,7 @@ def test_a_failed_capture_says_so_once_and_goes_on_without() -> None:
     x_BMN = batch(3, 16, 24)
     expected = x_BMN.clone()
     for part in expected.split(2):
-        chains.run_chain_(part, chain, chains.create_workspace(part))
+        chains.run_chain_(part, chain, chains.create_workspace(part, chain.method))
     with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
         graphs.replay_(x_BMN, chain, 2, cache)
     assert torch.equal(x_BMN, expected)

@@ -265,7 +265,7 @@ def test_choice_on_a_gpu(
 ) -> None:
     monkeypatch.delenv("EPCTL_KERNELS", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: has_triton)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: has_triton)
     choice = dispatch.choose_implementation(torch.device("cuda"), dtype)
     assert choice.implementation == implementation
     assert choice.reason

@@ -56,6 +56,10 @@ def plans(matrices: list[MatrixSlices], num_ranks: int, chunk_elements: int) -> 
     ]
 
 
+def num_sent(chunk: Chunk) -> int:
+    return chunk.num_sent_slice_elements + chunk.num_sent_update_elements
+
+
 MOONLIGHT_LAYER = [(2816, 2048)] * 2 + [(2048, 2816), (3072, 2048), (576, 2048), (4096, 512)]
 
 shapes_strategy = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12)
@@ -75,7 +79,7 @@ def test_both_ends_of_every_exchange_agree(
             for target in range(num_ranks):
                 sent = chunks[source].slices_to[target]
                 assert sent == [entry.piece for entry in chunks[target].slices_from[source]]
-                sent_back = [entry.piece for entry in chunks[target].updates_to[source]]
+                sent_back = [(e.shape, e.piece) for e in chunks[target].updates_to[source]]
                 assert sent_back == chunks[source].updates_from[target]
 
 
@@ -94,12 +98,50 @@ def test_every_matrix_has_one_owner_and_chunks_stay_bounded(
     assert owned == Counter(shapes)
 
 
+@settings(deadline=None, max_examples=60)
+@given(shapes_strategy, st.integers(1, 5), st.integers(1, 80), st.booleans())
+def test_every_element_is_updated_once_and_from_one_place(
+    shapes: list[tuple[int, int]], num_ranks: int, chunk_elements: int, spread: bool
+) -> None:
+    """What a rank holds is in a run, in a piece at home, or comes back: no decay twice or never."""
+    matrices = (spread_matrices if spread else cut_matrices)(shapes, num_ranks)
+    for rank, chunks in enumerate(plans(matrices, num_ranks, chunk_elements)):
+        updated: Counter[int] = Counter()
+        for chunk in chunks:
+            for run in chunk.runs:
+                updated.update(range(run.offset, run.offset + run.num_elements))
+            pieces = [entry.piece for entry in chunk.at_home]
+            pieces += [entry.piece for entries in chunk.updates_from for entry in entries]
+            for piece in pieces:
+                updated.update(range(piece.offset, piece.offset + piece.num_elements))
+            owned = sum(run.count for run in chunk.runs) + sum(map(len, chunk.assembled.values()))
+            assert owned == sum(chunk.num_owned.values())
+        held = [p for matrix in matrices for p in matrix.pieces if p.rank == rank]
+        wanted = {at for p in held for at in range(p.offset, p.offset + p.num_elements)}
+        assert updated == Counter(wanted)
+
+
+def test_neighbours_of_one_shape_are_one_run() -> None:
+    """An expert-parallel rank's stack of experts enters the iteration without a copy."""
+    experts = [MatrixSlices(4, 6, (Piece(0, 0, 24, 24 * i),)) for i in range(5)]
+    tall = [MatrixSlices(6, 4, (Piece(0, 0, 24, 120 + 24 * i),)) for i in range(3)]
+    apart = [MatrixSlices(4, 6, (Piece(0, 0, 24, 300),))]
+    (chunk,) = plan_exchange([*experts, *tall, *apart], 0, 1)
+    assert [(run.shape, run.count, run.offset) for run in chunk.runs] == [
+        ((4, 6), 5, 0),
+        ((4, 6), 1, 300),
+        ((6, 4), 3, 120),
+    ]
+    assert not chunk.assembled
+    assert not chunk.at_home
+
+
 def test_only_matrices_cut_by_a_partition_boundary_travel() -> None:
     shapes = [(4, 4)] * 7
     matrices = cut_matrices(shapes, 2)  # boundary inside the fourth
     cut = [i for i, matrix in enumerate(matrices) if len(matrix.holders) == 2]
     assert cut == [3]
-    sent = [sum(c.num_sent_elements for c in chunks) for chunks in plans(matrices, 2, 10**6)]
+    sent = [sum(num_sent(c) for c in chunks) for chunks in plans(matrices, 2, 10**6)]
     assert sum(sent) == 2 * 8  # the half that is away from the owner, there and back
 
 
@@ -120,7 +162,7 @@ def test_replicated_matrices_send_updates_only() -> None:
     by_rank = plans(matrices, 3, 10**6)
     assert [sum(c.num_owned.values()) for (c,) in by_rank] == [2, 2, 2]
     assert not any(chunk.slices_travel for (chunk,) in by_rank)
-    assert [chunk.num_sent_elements for (chunk,) in by_rank] == [2 * 24 * 2] * 3
+    assert [num_sent(chunk) for (chunk,) in by_rank] == [2 * 24 * 2] * 3
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
@@ -147,7 +189,7 @@ def test_experts_are_split_between_replicas() -> None:
     matrices = [MatrixSlices(4, 6, piece) for piece in pieces]
     by_rank = plans(matrices, 2, 10**6)
     assert [sum(c.num_owned.values()) for (c,) in by_rank] == [4, 4]
-    assert [c.num_sent_elements for (c,) in by_rank] == [0, 0]
+    assert [num_sent(c) for (c,) in by_rank] == [0, 0]
 
 
 def test_a_matrix_with_a_hole_is_refused() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from epctl.config import resolve_config
 from epctl.errors import ConfigError
@@ -193,6 +194,59 @@ def test_rows_are_scaled_after_the_step_and_only_once() -> None:
     run(reference, plain, 1)
     assert torch.equal(parameters[1], plain[1])
     assert not torch.equal(parameters[1], scaled)
+
+
+class HostReads(TorchDispatchMode):
+    """Records operations that make the host wait for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if any(part in name for part in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_of_a_step_is_read_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs ahead of the GPU. Masters in host memory (offload) are the one exception."""
+    parameters = matrices()
+    optimizer = optimizer_over(parameters)
+    optimizer.scale_rows_after_step({id(parameters[0]): torch.ones(SHAPES[0][0])})
+    for parameter, gradient in zip(parameters, gradients(0), strict=True):
+        parameter.grad = gradient
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("the host reads a tensor")
+
+    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    with HostReads() as reads:
+        optimizer.step()
+    monkeypatch.undo()
+    assert not reads.found
+    with HostReads() as reads:
+        parameters[0].sum().item()
+    assert reads.found  # the spy sees what it is there for
+
+
+def test_kernels_that_cannot_run_here_are_refused_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'triton' cannot run on cpu"):
+        optimizer_over(matrices(), rule=MuonRule(kernels="triton"))
+
+
+def test_adamw_reads_its_step_count_alone_which_is_on_the_host() -> None:
+    parameters = matrices()
+    optimizer = optimizer_over(parameters, kind="adamw")
+    with HostReads() as reads:
+        run(optimizer, parameters, 0)
+    assert len(reads.found) == len(parameters)
+    assert all(optimizer.state[p]["step"].device.type == "cpu" for p in parameters)
 
 
 def test_steps_before_wiring_change_nothing() -> None:

@@ -1,0 +1,125 @@
+"""One Muon step over units: exchanges are under way while matrices are orthogonalised.
+
+Chunk after chunk, every rank of a group in the same order: the next chunk's slices are sent, this
+one's matrices are orthogonalised, its updates are sent, and the chunk before gets its updates. So
+at most two chunks' buffers exist, and nothing here waits on the host for the GPU, except where
+masters are in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epctl.kernels.newton_schulz import iteration_dtype
+from epctl.runtime.muon_exchange import (
+    Batches,
+    Chunk,
+    Piece,
+    SlicesToOwners,
+    UpdatesFromOwners,
+    part_of,
+    piece_of,
+    run_of,
+)
+from epctl.runtime.muon_plan import MuonUnit
+from epctl.runtime.muon_rule import MuonRule
+
+
+@dataclass
+class UnitStep:
+    """A unit and what this step does to it; lists go with the unit's flat tensors.
+
+    Attributes:
+        gradients: flat float32 tensors that are turned into directions in place.
+        buffers: momentum.
+    """
+
+    unit: MuonUnit
+    gradients: list[Tensor]
+    buffers: list[Tensor]
+    rates: list[float]
+    decays: list[float]
+
+
+def step_units(steps: Sequence[UnitStep], rule: MuonRule, device: torch.device) -> None:
+    """Folds gradients into momentum and updates the masters of every unit, in place.
+
+    Args:
+        device: where matrices are orthogonalised.
+    """
+    gathered = _start(steps, rule, device)
+    current = next(gathered, None)
+    before: tuple[UnitStep, Chunk, UpdatesFromOwners] | None = None
+    while current is not None:
+        step, chunk, slices = current
+        following = next(gathered, None)  # its slices travel while this chunk is worked on
+        owned = _owned(step, chunk, slices, rule, device)
+        for shape in owned:
+            rule.orthogonalize_(owned[shape])
+        dtype = iteration_dtype(device)
+        updates = UpdatesFromOwners(owned, chunk, dtype, step.unit.process_group, device)
+        _apply_at_home(step, chunk, owned, rule)
+        if before is not None:
+            _apply_received(*before, rule)
+        before = (step, chunk, updates)
+        current = following
+        del owned, slices
+    if before is not None:
+        _apply_received(*before, rule)
+
+
+def _start(
+    steps: Sequence[UnitStep], rule: MuonRule, device: torch.device
+) -> Iterator[tuple[UnitStep, Chunk, SlicesToOwners]]:
+    for step in steps:
+        for gradient, buffer in zip(step.gradients, step.buffers, strict=True):
+            rule.mix_momentum_(gradient, buffer)
+        group = step.unit.process_group
+        for chunk in step.unit.chunks:
+            yield step, chunk, SlicesToOwners(step.gradients, chunk, group, device)
+
+
+def _owned(
+    step: UnitStep, chunk: Chunk, slices: SlicesToOwners, rule: MuonRule, device: torch.device
+) -> Batches:
+    """Returns what this rank owns of a chunk, normalised, in the dtype of the iteration."""
+    dtype = iteration_dtype(device)
+    owned = {
+        shape: torch.empty(count, *shape, dtype=dtype, device=device)
+        for shape, count in chunk.num_owned.items()
+    }
+    for run in chunk.runs:
+        source = run_of(step.gradients, run).view(run.count, *run.shape)
+        rule.normalize_into(source, owned[run.shape][run.index : run.index + run.count])
+    for shape, batch_BMN in slices.assemble().items():
+        for matrix_MN, index in zip(batch_BMN, chunk.assembled[shape], strict=True):
+            rule.normalize_into(matrix_MN[None], owned[shape][index : index + 1])
+    return owned
+
+
+def _apply_at_home(step: UnitStep, chunk: Chunk, owned: Batches, rule: MuonRule) -> None:
+    for run in chunk.runs:
+        factor = owned[run.shape][run.index : run.index + run.count].view(-1)
+        weight = run_of(step.unit.flats, run)
+        rule.apply_(weight, factor, run.shape, step.rates[run.tensor], step.decays[run.tensor])
+    for entry in chunk.at_home:
+        _apply(step, entry.piece, part_of(owned, entry), entry.shape, rule)
+
+
+def _apply_received(
+    step: UnitStep, chunk: Chunk, updates: UpdatesFromOwners, rule: MuonRule
+) -> None:
+    for (shape, piece), factor in updates.received():
+        _apply(step, piece, factor, shape, rule)
+
+
+def _apply(
+    step: UnitStep, piece: Piece, factor: Tensor, shape: tuple[int, int], rule: MuonRule
+) -> None:
+    tensor = piece.tensor
+    weight = piece_of(step.unit.flats, piece)
+    rule.apply_(weight, factor, shape, step.rates[tensor], step.decays[tensor])
