@@ -75,6 +75,13 @@ class RankPlan:
     patches: int = 0
 
     @property
+    def recomputed(self) -> str:
+        """What backward makes again, in a word."""
+        if not self.recomputes_experts:
+            return self.checkpointing
+        return "experts" if self.checkpointing == "none" else f"{self.checkpointing}+experts"
+
+    @property
     def edp(self) -> int:
         """Ranks that hold the same experts."""
         return self.num_ranks // self.ep

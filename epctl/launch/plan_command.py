@@ -175,7 +175,7 @@ def nothing_fits(request: Request, answer: Answer) -> ResourceError:
         run = first.option.plan
         hint = (
             f"the smallest change: {first.text} (ep {run.ep}, ZeRO-{run.zero}, sp {run.sp}, "
-            f"recompute {run.checkpointing}, offload {'yes' if run.offload else 'no'})"
+            f"recompute {run.recomputed}, offload {'yes' if run.offload else 'no'})"
         )
         hint += "".join(f"; or {change.text}" for change in others)
     return ResourceError(
@@ -262,7 +262,7 @@ def _sweep_line(row: Mapping[str, Any]) -> str:
         f"{row['gpus']:>6}  {speed:>12,.0f}  {speed * row['gpus']:>12,.0f}  "
         f"{format_bytes(best['needed_bytes']):>10}  ep {best['ep']}, ZeRO-{best['zero']}, "
         f"sp {best['sp']}, micro-batch {best['micro_batch_size']}, "
-        f"recompute {best['activation_checkpointing']}"
+        f"recompute {best['recompute']}"
         + (", offload" if best["offload"] else "")
         + f", {format_seconds(best['seconds_per_step'])} a step"
     )

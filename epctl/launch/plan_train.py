@@ -30,7 +30,12 @@ FILE_NAME = "prediction.json"
 # What makes a plan necessary where it is not stated.
 DECIDED = ("parallel.ep", "parallel.zero")
 # What the planner fills in, too, unless somebody chose it; on CPU only the two above.
-FILLED = ("optim.offload", "train.activation_checkpointing", "train.micro_batch_size")
+FILLED = (
+    "optim.offload",
+    "train.activation_checkpointing",
+    "moe.recompute",
+    "train.micro_batch_size",
+)
 # A share of the host's free memory is left to everything else.
 HOST_SHARE = 0.9
 

@@ -28,6 +28,7 @@ def option_row(option: Option) -> dict[str, Any]:
         "micro_batch_size": run.micro_batch,
         "gradient_accumulation_steps": run.accumulation,
         "activation_checkpointing": run.checkpointing,
+        "recompute": run.recomputed,
         "offload": run.offload,
         "optimizer": run.optimizer,
         "tokens_per_step": run.tokens_per_step,
@@ -72,7 +73,7 @@ def options_table(answer: Answer) -> Table:
         run = option.plan
         table.add_row(
             str(run.ep), str(run.zero), str(run.sp), str(run.micro_batch), str(run.accumulation),
-            run.checkpointing, "yes" if run.offload else "no",
+            run.recomputed, "yes" if run.offload else "no",
             format_bytes(option.needed_bytes), f"{option.speed:,.0f}",
             format_seconds(option.cost.seconds),
         )  # fmt: skip
@@ -139,6 +140,8 @@ def train_line(request: Request, option: Option, model: str) -> str:
         "train.gradient_accumulation_steps": run.accumulation,
         "train.activation_checkpointing": run.checkpointing,
     }
+    if run.recomputes_experts:
+        settings["moe.recompute"] = "activation"
     if run.offload:
         settings["optim.offload"] = "true"
     if not base.data.packing:
@@ -182,7 +185,7 @@ def write_front_png(answer: Answer, path: Path, title: str) -> None:
     axes.plot([o.needed_bytes / 2**30 for o in front], [o.speed for o in front], "-", color="0.3")
     for option in front:
         run = option.plan
-        note = f"ep {run.ep}, {run.micro_batch} x, {run.checkpointing}"
+        note = f"ep {run.ep}, {run.micro_batch} x, {run.recomputed}"
         where = (option.needed_bytes / 2**30, option.speed)
         axes.annotate(note, where, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set(xlabel="GiB a GPU (predicted)", ylabel="tokens/s/GPU (predicted)", title=title)

@@ -25,6 +25,8 @@ from epctl.layout.model import ModelLayout
 # ZeRO-0 adds micro-steps up in bfloat16 and averages expert norms: only where it is asked for.
 STAGES = (1, 2, 3)
 CHECKPOINTING = ("none", "attention", "moe", "full")
+# `train.activation_checkpointing` and `moe.recompute`.
+Recomputed = tuple[str, str]
 # Shorter sequences are not worth an exchange in every layer.
 SHORTEST_CUT_SEQUENCE = 16_384
 LARGEST_MICRO_BATCH = 64
@@ -172,12 +174,12 @@ def _of_mesh(
     rejected: Counter[str],
 ) -> tuple[list[Option], Option | None]:  # fmt: skip
     """Returns what fits of one mesh, and its leanest option whether it fits or not."""
-    modes, batches = _checkpointing_choices(request), list(_batches(request, sp))
+    modes, batches = _recompute_choices(request), list(_batches(request, sp))
     if not batches:
         rejected["the tokens of a step are no whole number of sequences a rank"] += 1
         return [], None
 
-    def option(mode: str, batch: tuple[int, int]) -> Option:
+    def option(mode: Recomputed, batch: tuple[int, int]) -> Option:
         config = _config(request, optimizer, ep, zero, sp, offload, mode, *batch)
         return _option(request, config)
 
@@ -206,13 +208,24 @@ def _of_mesh(
     return found, leanest
 
 
-def _checkpointing_choices(request: Request) -> tuple[str, ...]:
-    fixed = request.fixed.get("train.activation_checkpointing")
+def _recompute_choices(request: Request) -> list[Recomputed]:
+    """Returns what backward may make again, the choice that keeps least last."""
+    fixed = request.fixed
+    modes: Iterable[str] = CHECKPOINTING
+    if "train.activation_checkpointing" in fixed:
+        modes = (str(fixed["train.activation_checkpointing"]),)
+    elif not request.shape.num_moe_layers:
+        modes = (mode for mode in CHECKPOINTING if mode != "moe")
+    return [(mode, experts) for mode in modes for experts in _expert_choices(request, mode)]
+
+
+def _expert_choices(request: Request, mode: str) -> tuple[str, ...]:
+    fixed = request.fixed.get("moe.recompute")
     if fixed is not None:
         return (str(fixed),)
-    if not request.shape.num_moe_layers:
-        return tuple(mode for mode in CHECKPOINTING if mode != "moe")
-    return CHECKPOINTING
+    # A block that is made again whole holds its pre-activation for a moment only.
+    can_save = request.shape.num_moe_layers and mode in ("none", "attention")
+    return ("none", "activation") if can_save else ("none",)
 
 
 def _batches(request: Request, sp: int) -> Iterator[tuple[int, int]]:
@@ -245,14 +258,16 @@ def _divisors(number: int) -> list[int]:
 
 def _config(
     request: Request, optimizer: str, ep: int, zero: int, sp: int, offload: bool,
-    checkpointing: str, micro_batch: int, accumulation: int,
+    recomputed: Recomputed, micro_batch: int, accumulation: int,
 ) -> RunConfig:  # fmt: skip
     base = request.base
     parallel = {"ep": ep, "zero": zero, "sp": sp, "num_ranks": request.num_ranks}
+    checkpointing, experts = recomputed
     name = base.optim.name if base.optim.name == "deepspeed-muon" else optimizer
     return base.model_copy(
         update={
             "parallel": base.parallel.model_copy(update=parallel),
+            "moe": base.moe.model_copy(update={"recompute": experts}),
             "optim": base.optim.model_copy(update={"offload": offload, "name": name}),
             "train": base.train.model_copy(
                 update={

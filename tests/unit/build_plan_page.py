@@ -155,7 +155,7 @@ def _answer_row(request: Request, answer: Answer) -> str:
     run, best = answer.best.plan, answer.best
     return (
         f"| {name} | {gpus} | {run.ep} | {run.zero} | {run.sp} | "
-        f"{run.micro_batch} x {run.accumulation} | {run.checkpointing} | "
+        f"{run.micro_batch} x {run.accumulation} | {run.recomputed} | "
         f"{'yes' if run.offload else 'no'} | {best.needed_bytes / 2**30:.1f} | "
         f"{best.prediction.host_bytes / 2**30:.0f} | {best.speed:,.0f} |"
     )

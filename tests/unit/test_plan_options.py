@@ -97,6 +97,23 @@ def test_fixed_settings_are_never_changed() -> None:
         assert (option.plan.ep, option.plan.zero, option.plan.checkpointing) == (2, 3, "full")
 
 
+def test_experts_alone_may_be_made_again() -> None:
+    fixed = {"parallel.ep": 2, "parallel.zero": 2, "train.micro_batch_size": 1}
+    request, found = answer(MOONLIGHT, 8, 141, fixed=fixed)
+    by_name = {option.plan.recomputed: option for option in found.options}
+    both = {"attention+experts", "moe", "full"}
+    assert set(by_name) == {"none", "experts", "attention"} | both
+    assert (list(by_name)[0], list(by_name)[-1]) == ("none", "full")
+    for less in ("none", "attention"):
+        more = f"{less}+experts" if less != "none" else "experts"
+        assert by_name[more].needed_bytes < by_name[less].needed_bytes
+    line = train_line(request, by_name["attention+experts"], MOONLIGHT)
+    assert "--set moe.recompute=activation" in line
+    assert "moe.recompute" not in train_line(request, by_name["none"], MOONLIGHT)
+    _, kept = answer(MOONLIGHT, 8, 141, fixed=fixed | {"moe.recompute": "none"})
+    assert not any(option.plan.recomputes_experts for option in kept.options)
+
+
 def test_illegal_sizes_are_left_out_with_the_reason() -> None:
     _, found = answer(MOONLIGHT, 12, 141)
     assert any("does not divide the 12 ranks" in reason for reason in found.rejected)
