@@ -133,7 +133,7 @@ def _attention_part(shape: ModelShape, plan: RankPlan) -> tuple[float, float]:
         return 0.0, 0.0
     a, tokens = shape.attention, plan.num_tokens
     token_bytes = attention_token_bytes(a, shape.hidden_size, plan.width)
-    mask = _mask_elements(plan) * plan.width
+    mask = _mask_elements(shape, plan) * plan.width
     flow = tokens * plan.width * a.num_heads * (2 * a.qk_head_dim + 2 * a.v_head_dim)
     if plan.sp > 1:
         # All-to-all of q, k, v and of the output: what is sent beside what arrived.
@@ -141,9 +141,13 @@ def _attention_part(shape: ModelShape, plan: RankPlan) -> tuple[float, float]:
     return tokens * token_bytes + mask, flow
 
 
-def _mask_elements(plan: RankPlan) -> float:
-    """Elements of the mask that keeps packed documents apart; attention adds it as numbers."""
-    return plan.micro_batch * plan.sequence_length**2 if plan.is_packed and plan.sp == 1 else 0.0
+def _mask_elements(shape: ModelShape, plan: RankPlan) -> float:
+    """Elements of the mask that keeps packed documents apart; attention adds it as numbers.
+
+    Where the sequence is cut, and with a vision tower, attention runs over intervals instead.
+    """
+    has_mask = plan.is_packed and plan.sp == 1 and shape.vision is None
+    return plan.micro_batch * plan.sequence_length**2 if has_mask else 0.0
 
 
 def layer_bytes(shape: ModelShape, plan: RankPlan, *, is_moe: bool) -> LayerBytes:
@@ -216,9 +220,9 @@ def activation_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
         },
     )  # fmt: skip
     yield from _dispatch_terms(shape, plan, [(layer.dispatch, n) for layer, n in layers])
-    if plan.is_packed and plan.sp == 1:
+    if mask := _mask_elements(shape, plan):
         yield Term(
-            "mask of packed documents", "activations", _mask_elements(plan),
+            "mask of packed documents", "activations", mask,
             "1 B x micro-batch x S x S", Phase.MICRO_STEP,
             values={"S": plan.sequence_length},
         )  # fmt: skip

@@ -25,6 +25,8 @@ from epctl.layout.model import (
     VisionLayout,
 )
 
+# A processor cuts one image or clip to so many patches (16,384 tokens when four are merged).
+MOST_PATCHES = 65_536
 Kind = Literal["muon", "adamw"]
 Part = Literal["experts", "dense"]
 # What `train.parameters` has words for, as patterns of checkpoint names.
@@ -97,6 +99,12 @@ class ModelShape:
     dense_intermediate: int
     attention: AttentionShape | None
     vision: VisionShape | None = None
+
+    def usual_patches(self, sequence_length: int) -> int:
+        """Returns patches of a sequence nobody has seen: half its tokens, up to a large image."""
+        if self.vision is None:
+            return 0
+        return min(sequence_length // 2 * self.vision.merge_size**2, MOST_PATCHES)
 
     @property
     def num_expert_parameters(self) -> int:

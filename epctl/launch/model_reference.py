@@ -5,6 +5,7 @@ A checkpoint that cannot be trained is refused here, in a second, not by every r
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -19,6 +20,14 @@ from epctl.layout.model import ModelLayout
 from epctl.layout.source import ModelSource
 
 FILE_NAME = "model.json"
+# What turns images into patches, and the template that knows where they stand.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 LOCAL_COPY = "give the path of a local copy: `epctl train ./FOLDER`"
 
 
@@ -99,9 +108,29 @@ def fetch(source: ModelSource, model: ModelSection) -> LocalModel:
     folder = source.folder or _download(source.id, source.revision, source.kind, model)
     tokenizer = folder if model.tokenizer is None else _tokenizer_folder(model)
     check_tokenizer(tokenizer, model)
+    if "vision_config" in source.config:
+        require_processor(Path(folder))
     return LocalModel(
         source.id, source.revision, str(folder), str(tokenizer), model.trust_remote_code
     )
+
+
+def require_processor(folder: Path) -> None:
+    """Raises InputError unless `folder` has an image processor and Pillow is there to open images.
+
+    Asked for the folder of a vision-language model, before anything starts and by the ranks.
+    """
+    if importlib.util.find_spec("PIL") is None:
+        raise InputError(
+            "training on images needs the package `pillow`, not installed here",
+            hint="`pip install 'epctl[train]'`",
+        )
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES[:2]):
+        raise InputError(
+            f"`{folder}` holds a vision-language model and no image processor (neither "
+            f"{PROCESSOR_FILES[1]} nor {PROCESSOR_FILES[0]})",
+            hint="copy the file from the model's page into the folder",
+        )
 
 
 def _download(

@@ -36,8 +36,6 @@ _UNITS = {"m": 2**20, "mib": 2**20, "mb": 1e6, "g": 2**30, "gib": 2**30, "gb": 1
 _UNITS |= {"t": 2**40, "tib": 2**40, "tb": 1e12}
 # GPUs of a node, where nobody says otherwise.
 USUAL_NODE = 8
-# A processor cuts one image or clip to so many patches (16,384 tokens when four are merged).
-MOST_PATCHES = 65_536
 
 
 @dataclass(frozen=True)
@@ -135,12 +133,9 @@ def build_request(asked: Asked) -> tuple[Request, ModelLayout, list[str]]:
 
 def _patches(asked: Asked, shape: ModelShape, base: RunConfig) -> int:
     """Vision patches of a sequence: as asked, else half of its tokens up to one large image."""
-    if shape.vision is None:
-        return 0
-    if asked.patches is not None:
+    if asked.patches is not None and shape.vision is not None:
         return asked.patches
-    merged = shape.vision.merge_size**2
-    return min(base.train.sequence_length // 2 * merged, MOST_PATCHES)
+    return shape.usual_patches(base.train.sequence_length)
 
 
 def _check_tokens(request: Request) -> None:

@@ -96,6 +96,7 @@ def _request(
         optimizers=("adamw",) if config.optim.name == "adamw" else ("muon",),
         fixed=values | {"parallel.sp": sp},
         rates=load_rates(),
+        patches=shape.usual_patches(train.sequence_length),
     )  # fmt: skip
 
 
@@ -137,7 +138,9 @@ def run_shape(config: RunConfig, source: ModelSource | None) -> tuple[ModelShape
 def predict_run(config: RunConfig, placement: Placement, source: ModelSource | None) -> Prediction:
     """Returns what a rank of a run will hold. Raises ConfigError for settings that are refused."""
     shape, _ = run_shape(config, source)
-    return predict(shape, rank_plan(config, placement.num_ranks, placement.device))
+    patches = shape.usual_patches(config.train.sequence_length) if config.data.train else 0
+    run = rank_plan(config, placement.num_ranks, placement.device, patches=patches)
+    return predict(shape, run)
 
 
 def rank_bytes(prediction: Prediction) -> dict[str, int]:

@@ -20,7 +20,7 @@ from epctl.launch.dry_run import show_dry_run
 from epctl.launch.ds_config import deepspeed_config
 from epctl.launch.ignored import warn_of_check_settings, warn_of_ignored_settings
 from epctl.launch.memory_default import default_model
-from epctl.launch.model_reference import fetch, open_reference
+from epctl.launch.model_reference import fetch, open_reference, require_processor
 from epctl.launch.nodes import join_job, place_job, require_node_settings
 from epctl.launch.plan_train import (
     plan_run,
@@ -119,6 +119,8 @@ def check_request(resolved: ResolvedConfig, output: Output) -> Job:
         source, layout = open_reference(config.model.reference)
         for warning in layout.warnings:
             output.note(f"{source.id}: {warning}")
+        if layout.vision is not None and source.folder is not None:
+            require_processor(source.folder)
     require_node_settings(config)
     placement = place_job(config, count_gpus())
     limits = model_limits(layout)

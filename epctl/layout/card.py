@@ -50,6 +50,8 @@ def _memory(rows: Sequence[Mapping[str, Any]], assumed: str) -> Table:
     table = _grid(f"Memory a GPU, predicted: {assumed} (more: epctl plan)", "lrrl")
     for row in rows:
         gpus = f"{row['gpus']:,} {'GPU' if row['gpus'] == 1 else 'GPUs'}, ep {row['ep']}"
+        if row["sequence_length"] != rows[0]["sequence_length"]:
+            gpus += f", sp {row['sp']}, {row['sequence_length']:,} tokens"
         state = f"state {format_bytes(row['state_bytes'])}"
         table.add_row(gpus, state, f"needed {format_bytes(row['needed_bytes'])}", "")
     return table
@@ -201,6 +203,8 @@ def _vision_rows(vision: VisionLayout) -> list[Row]:
         text = f"{len(vision.windowed_layers)} of {attention.num_layers} layers"
         text += f", {vision.window_size} pixels"
         rows.append(("windows", text, "vision.full_layers"))
+    if vision.cut_units:
+        rows.append(("SP cuts between", ", else ".join(vision.cut_units), ""))
     if vision.image_token_id is not None:
         rows.append(("image token", str(vision.image_token_id), "vision.image_token_id"))
     if vision.placeholder:

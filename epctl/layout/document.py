@@ -70,7 +70,11 @@ def _moe(moe: MoELayout) -> dict[str, Any]:
 def _vision(vision: VisionLayout) -> dict[str, Any]:
     document = asdict(vision)
     attention = document.pop("attention")
-    return {**attention, **document, "windowed_layers": list(vision.windowed_layers)}
+    lists = {
+        "windowed_layers": list(vision.windowed_layers),
+        "cut_units": list(vision.cut_units),
+    }
+    return {**attention, **document, **lists}
 
 
 def tensor_rows(

@@ -272,6 +272,22 @@ class VisionLayout:
     placeholder: str | None
     unit: str | None = None
 
+    @property
+    def cut_units(self) -> tuple[str, ...]:
+        """Where sequence parallelism may cut the patches, coarse to fine; the first that balances.
+
+        Empty for a plain encoder, and where the merge size is not known.
+        """
+        if self.merge_size is None:
+            return ()
+        units = [" or ".join(f"{word}s" for word in (self.unit or "image").split(" or "))]
+        if self.window_size and self.patch_size and self.windowed_layers:
+            side = self.window_size // self.patch_size
+            units.append(f"windows of {side} x {side} patches")
+        if self.temporal_patch_size is not None:  # packed rows; tiles stay whole
+            units.append(f"blocks of {self.merge_size} x {self.merge_size} patches")
+        return tuple(units)
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterCounts:

@@ -22,17 +22,11 @@ import torch
 from torch import Tensor
 
 from epctl.errors import InputError, LayoutError
+from epctl.launch.model_reference import PROCESSOR_FILES, require_processor
 
 Grid = tuple[int, int, int]  # frames, height and width in patches
 
 IMAGE, VIDEO = 1, 2  # what transformers calls the kinds of tokens in `mm_token_type_ids`
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 
 
 class Pixels(NamedTuple):
@@ -229,13 +223,7 @@ def load_visual_processor(folder: Path, config: Any, tokenizer: Any) -> VisualPr
     Raises InputError if the folder has none or Pillow is missing, LayoutError for a kind of
     processor whose images epctl does not train on.
     """
-    require_pillow()
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES[:2]):
-        raise InputError(
-            f"`{folder}` holds a vision-language model and no image processor (neither "
-            f"{PROCESSOR_FILES[1]} nor {PROCESSOR_FILES[0]})",
-            hint="copy the file from the model's page into the folder",
-        )
+    require_processor(folder)
     image_processor = _image_processor(folder)
     for needed in ("patch_size", "merge_size", "temporal_patch_size"):
         if not isinstance(getattr(image_processor, needed, None), int):
@@ -252,17 +240,6 @@ def load_visual_processor(folder: Path, config: Any, tokenizer: Any) -> VisualPr
         _token_id(config, "image"),
         getattr(config, "video_token_id", None),
     )
-
-
-def require_pillow() -> None:
-    """Raises InputError if Pillow, which opens images, is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("PIL") is None:
-        raise InputError(
-            "training on images needs the package `pillow`, not installed here",
-            hint="`pip install 'epctl[train]'`",
-        )
 
 
 def _image_processor(folder: Path) -> Any:

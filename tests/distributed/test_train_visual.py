@@ -18,7 +18,7 @@ CASES = [
     ("qwen2_5_vl", 4, 1, 2, "adamw", "full"),
     ("qwen2_5_vl", 2, 1, 0, "adamw", "none"),
     ("qwen3_vl_moe", 1, 2, 0, "muon", "none"),
-    ("qwen3_vl_moe", 2, 2, 3, "muon", "full"),
+    ("qwen3_vl_moe", 2, 2, 3, "muon", "full"),  # goes on in another layout after one step
     ("qwen3_vl_moe", 2, 4, 2, "muon", "none"),
 ]
 
@@ -26,6 +26,9 @@ CASES = [
 def name_of(case: tuple[Any, ...]) -> str:
     model, sp, ep, zero, optim, recompute = case
     return f"{model}-sp{sp}-ep{ep}-zero{zero}-{optim}-{recompute}"
+
+
+RESUMED = name_of(CASES[5])
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         {"name": name_of(c), "model": str(models[c[0]]), **dict(zip(keys, c[1:], strict=True))}
         for c in CASES
     ]
+    for case in cases:
+        if case["name"] == RESUMED:
+            case["then"] = {"sp": 1, "ep": 4, "zero": 1}
     return run_ranks("visual_ranks", 4, folder, str(chats), json.dumps(cases))
 
 
@@ -61,3 +67,13 @@ def test_some_rank_has_no_image_and_some_a_clip(results: list[dict[str, Any]]) -
     seen = [tuple(s) for rank in results for s in rank[name_of(CASES[0])]["seen"]]
     assert (False, False) in seen
     assert any(video for _, video in seen)
+
+
+def test_a_run_resumed_in_another_layout_saves_what_transformers_loads(
+    results: list[dict[str, Any]],
+) -> None:
+    """That its second step is the plain loop's own is the test above."""
+    for rank in results:
+        assert rank[RESUMED]["reload"] == {
+            "equal": True, "same_names": True, "copied": [True, True],
+        }  # fmt: skip

@@ -11,23 +11,27 @@ import datetime
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from train_model_ranks import CPU, digest_of
+from train_model_ranks import CPU
 from visual_models import IMAGE_ID, VIDEO_ID
 
 from epctl.config import RunConfig, resolve_config
+from epctl.layout.source import read_folder
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.check_reference import _whole_partition
 from epctl.runtime.checkpoint import save_model
+from epctl.runtime.checkpoint_save import Checkpointer
 from epctl.runtime.data_prepare import load_data
 from epctl.runtime.engine import create_engine, create_optimizer, train_step
 from epctl.runtime.events import EventLog
 from epctl.runtime.leave import leave
 from epctl.runtime.names import hub_tensors
+from epctl.runtime.resume import restore
 from epctl.runtime.train import build
 from epctl.runtime.train_loop import TrainLoop
 from epctl.runtime.training_model import TrainingModel, load_tokenizer, open_checkpoint
@@ -146,38 +150,93 @@ def plain_run(
     return history, {t.name: t.local().detach().clone() for t in hub_tensors(model)}
 
 
+class _Run:
+    """An engine in the case's layout, its data and its loop."""
+
+    def __init__(
+        self, case: dict[str, Any], chats: str, folder: Path, weights_from: Path | None = None
+    ) -> None:
+        config = config_of(case, chats)
+        self.config, self.folder = config, folder
+        self.mesh = seams.create_mesh(config.parallel.ep, config.parallel.sp)
+        self.model = open_model(str(weights_from or case["model"]))
+        self.data = data_of(case, chats, folder.parent, self.mesh, self.model)
+        events = EventLog(folder, self.mesh.rank)
+        module, ds_config = build(config, self.mesh, self.model, CPU, events)
+        self.engine, self.optimizer, self.scheduler = create_engine(module, config, ds_config)
+        self.checkpointer = Checkpointer(
+            folder, config, self.mesh, self.engine, self.optimizer, self.model, events
+        )
+        self.loop = TrainLoop(
+            self.engine, self.scheduler, config, self.mesh, self.data, events,
+            self.model.tokenizer, checkpointer=self.checkpointer,
+        )  # fmt: skip
+
+    def step(self, step: int, seen: list[list[bool]]) -> tuple[float, float]:
+        batches = list(self.loop.batches(step))
+        seen += [[name in batch.visuals for name in PIXELS.values()] for batch in batches]
+        found = train_step(self.engine, self.scheduler, batches, self.config, self.mesh)
+        self.loop.step = step + 1
+        return found
+
+    def resumed(self, case: dict[str, Any], chats: str) -> _Run:
+        """Saves, forgets everything, and goes on in the layout of `case`."""
+        saved = self.checkpointer.save(self.loop.progress())
+        self.checkpointer.finish()
+        self.engine.destroy()
+        again = _Run(case, chats, self.folder, weights_from=saved / "model")
+        progress, _ = restore(
+            saved, again.config, again.mesh, again.engine, again.optimizer, again.scheduler
+        )
+        again.loop.begin_at(progress)
+        return again
+
+
 def layout_run(
     case: dict[str, Any], chats: str, folder: Path, expected: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """The same steps in the case's layout; returns losses, norms and the worst weight."""
-    config = config_of(case, chats)
-    mesh = seams.create_mesh(config.parallel.ep, config.parallel.sp)
-    model = open_model(case["model"])
-    data = data_of(case, chats, folder.parent, mesh, model)
-    events = EventLog(folder, mesh.rank)
-    module, ds_config = build(config, mesh, model, CPU, events)
-    engine, _, scheduler = create_engine(module, config, ds_config)
-    loop = TrainLoop(engine, scheduler, config, mesh, data, events, model.tokenizer)
-    history, seen = [], []
-    for step in range(STEPS):
-        batches = list(loop.batches(step))
-        seen += [[name in batch.visuals for name in PIXELS.values()] for batch in batches]
-        history.append(train_step(engine, scheduler, batches, config, mesh))
+    run, seen = _Run(case, chats, folder), []
+    history = [run.step(0, seen)]
+    if "then" in case:
+        run = run.resumed({**case, **case["then"]}, chats)
+    history += [run.step(step, seen) for step in range(1, STEPS)]
     worst = (0.0, "")
-    for tensor in hub_tensors(engine.module):
+    for name, local in weights_of(run.engine.module):
+        reference = expected[name].double()
+        worst = max(worst, (float((local.double() - reference).norm() / reference.norm()), name))
+    result = {"history": history, "seen": seen, "worst": worst}
+    if "then" in case:
+        result["reload"] = reload(run, case)
+    run.engine.destroy()
+    return result
+
+
+def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for tensor in hub_tensors(module):
         parameters = [tensor.tensor] if isinstance(tensor.tensor, torch.nn.Parameter) else []
         with seams.full_parameters(parameters):
-            reference = expected[tensor.name].double()
-            error = (tensor.local().detach().double() - reference).norm() / reference.norm()
-            worst = max(worst, (float(error), tensor.name))
-    result = {"history": history, "seen": seen, "worst": worst}
-    if case.get("save"):
-        save_model(
-            engine.module, mesh, folder / "model", lambda p: model.write_extras(p, torch.float32)
-        )
-        result["digests"] = digest_of(engine.module)
-    engine.destroy()
-    return result
+            yield tensor.name, tensor.local().detach()
+
+
+def reload(run: _Run, case: dict[str, Any]) -> dict[str, Any]:
+    """Saves, and says whether transformers loads the very weights under the hub's own names."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = run.folder / "model"
+    extras = lambda path: run.model.write_extras(path, torch.float32)  # noqa: E731
+    save_model(run.engine.module, run.mesh, folder, extras)
+    loaded = AutoModelForImageTextToText.from_pretrained(folder)
+    open_model(str(folder)).weights.note_names(loaded)
+    known = {tensor.name: tensor.local().detach() for tensor in hub_tensors(loaded)}
+    names = [set(read_folder(Path(path)).tensors) for path in (folder, Path(case["model"]))]
+    files = ("preprocessor_config.json", "chat_template.json")
+    copied = [(folder / n).read_bytes() == (Path(case["model"]) / n).read_bytes() for n in files]
+    return {
+        "equal": all(torch.equal(known[n], local) for n, local in weights_of(run.engine.module)),
+        "same_names": names[0] == names[1],
+        "copied": copied,
+    }
 
 
 def data_of(
