@@ -103,7 +103,7 @@ def test_experts_alone_may_be_made_again() -> None:
     by_name = {option.plan.recomputed: option for option in found.options}
     both = {"attention+experts", "moe", "full"}
     assert set(by_name) == {"none", "experts", "attention"} | both
-    assert (list(by_name)[0], list(by_name)[-1]) == ("none", "full")
+    assert (next(iter(by_name)), next(reversed(by_name))) == ("none", "full")
     for less in ("none", "attention"):
         more = f"{less}+experts" if less != "none" else "experts"
         assert by_name[more].needed_bytes < by_name[less].needed_bytes
