@@ -71,7 +71,7 @@ def bench_moe(
     epilog=examples(
         "epctl bench muon",
         "epctl bench muon --shape 64x1408x2048 --shape 64x2048x1408 --json-file muon.json",
-        "epctl bench muon --model moonshotai/Moonlight-16B-A3B --ep 8",
+        "epctl bench muon --model moonshotai/Moonlight-16B-A3B --ep 8 --products --step",
         "epctl bench muon --shape 4x176x256 --peer none --device cpu",
     ),
 )
@@ -83,6 +83,12 @@ def bench_muon(
         str | None, typer.Option(help="Instead of shapes: all that a rank of this model owns.")
     ] = None,
     ep: Annotated[int, typer.Option(help="With --model: expert parallel size.")] = 8,
+    products: Annotated[
+        bool, typer.Option("--products", help="Also each kind of product, by tile.")
+    ] = False,
+    step: Annotated[
+        bool, typer.Option("--step", help="Also the whole optimizer step and its workspace.")
+    ] = False,
     peer: Annotated[
         list[str] | None, typer.Option(help="What to measure beside; default: all, or none.")
     ] = None,
@@ -102,6 +108,8 @@ def bench_muon(
         shapes=shape,
         model=model,
         ep=ep,
+        products=products,
+        step=step,
         peers=() if peer == ["none"] else peer,
         device=device,
         rounds=rounds,

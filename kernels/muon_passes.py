@@ -96,7 +96,7 @@ def normalize_into(
     """Writes each matrix over its Frobenius norm, an exactly zero one as zero.
 
     Args:
-        x_BMN: float32, contiguous; for torch on any device.
+        x_BMN: any floating dtype, contiguous; for torch on any device.
         out_BMN: of the iteration's dtype, contiguous; cast after the division.
     """
     if implementation == "triton" and x_BMN.device == out_BMN.device:

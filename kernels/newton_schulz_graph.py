@@ -135,13 +135,20 @@ def _aligned(num_bytes: int) -> int:
 _CACHES: dict[torch.device, GraphCache] = {}
 
 
+def shared_bytes() -> int:
+    """Returns the bytes that graphs of all devices of this process hold between calls."""
+    return sum(cache.block.nbytes for cache in _CACHES.values())
+
+
 def replay_(x_BMN: Tensor, chain: Chain, size: int, cache: GraphCache | None = None) -> None:
     """Runs a chain over a batch in place, `size` matrices a replay; a rest has its own graph.
 
     If capturing fails, once and with a warning, the same chain runs launch by launch.
     """
     if cache is None:
-        cache = _CACHES.setdefault(x_BMN.device, GraphCache(x_BMN.device))
+        if x_BMN.device not in _CACHES:
+            _CACHES[x_BMN.device] = GraphCache(x_BMN.device)
+        cache = _CACHES[x_BMN.device]
     for part_BMN in torch.split(x_BMN, size):
         key = GraphKey(tuple(part_BMN.shape), part_BMN.dtype, chain)
         captured = cache.get(key)

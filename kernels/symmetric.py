@@ -48,8 +48,7 @@ FLOAT32_TILE = SymmetricTile(64, 64, 32, num_warps=4, num_stages=2, tma=False)
 # twice as many columns reads a quarter less for each product.
 LARGE_TILE = SymmetricTile(128, 256, 64, num_warps=8, num_stages=4)
 SMALL_TILE = SymmetricTile(64, 128, 64, num_warps=4, num_stages=4)
-TINY_TILE = SymmetricTile(64, 64, 64, num_warps=4, num_stages=4)
-SMALL_ROWS, TINY_ROWS = 640, 128
+SMALL_ROWS = 640  # two tiles for all sizes: every further one compiles for seconds
 
 # What `epctl bench muon --products` tries; the choice is by counting, not yet by measuring.
 CANDIDATES = (
@@ -59,7 +58,7 @@ CANDIDATES = (
     SymmetricTile(128, 128, 64, num_warps=8, num_stages=4),
     SymmetricTile(128, 128, 64, num_warps=4, num_stages=4, tma=False),
     SMALL_TILE,
-    TINY_TILE,
+    SymmetricTile(64, 64, 64, num_warps=4, num_stages=4),
 )
 
 
@@ -67,8 +66,6 @@ def choose_tile(num_rows: int, dtype: torch.dtype) -> SymmetricTile:
     """Returns the tile for symmetric results of `num_rows` rows."""
     if dtype.itemsize > 2:
         return FLOAT32_TILE
-    if num_rows <= TINY_ROWS:
-        return TINY_TILE
     return SMALL_TILE if num_rows <= SMALL_ROWS else LARGE_TILE
 
 
@@ -128,7 +125,7 @@ def symmetric_matmul(
         USE_TMA=use_tma,
         TRANSPOSED=transposed,
         EVEN=num_rows % tile.block_m == 0,
-        EVEN_K=num_rows % tile.block_n == 0 and num_summed % tile.block_k == 0,
+        EVEN_K=use_tma or (num_rows % tile.block_n == 0 and num_summed % tile.block_k == 0),
         PRECISION="ieee" if left_BRK.dtype == torch.float32 else "tf32",
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

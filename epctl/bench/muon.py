@@ -1,4 +1,4 @@
-"""`epctl bench muon`: orthogonalisation by shape, or all a rank owns of a model, beside its peers.
+"""`epctl bench muon`: orthogonalisation by shape, or all a rank owns of a model, beside peers.
 
 The gate compares one matrix of full rank and one of rank 64 with the float64 value of the same
 polynomial, made from their singular values. Shape suffixes: see kernels/newton_schulz.py.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,17 +16,16 @@ from torch import Tensor
 from epctl.bench.device import MEBIBYTE, choose_device, clock_of, gpu_name, matmul_rate
 from epctl.bench.machine import machine_facts
 from epctl.bench.measure import sample_interleaved, spread
-from epctl.bench.muon_peers import PEERS, Orthogonalize
+from epctl.bench.muon_own import Implementation, implementations, seconds_until_ready
+from epctl.bench.muon_peers import PEERS, forget_compiled
+from epctl.bench.muon_products import product_rows
 from epctl.bench.muon_shapes import MatrixBatch, matrices_of_rank, parse_shapes
 from epctl.bench.registry import Result
 from epctl.bench.report import cell
 from epctl.errors import ConfigError, GateError
-from epctl.kernels.newton_schulz import (
-    coefficient_table,
-    iteration_dtype,
-    orthogonalize,
-)
+from epctl.kernels.newton_schulz import coefficient_table, iteration_dtype
 from epctl.kernels.newton_schulz_cost import iteration_flops
+from epctl.kernels.newton_schulz_graph import shared_bytes
 from epctl.output import out
 
 if TYPE_CHECKING:
@@ -49,19 +48,11 @@ COLUMNS = (
     ("TFLOP/s", "tflops"),
     ("of floor", "of_floor"),
     ("error", "error_full_rank"),
+    ("of product", "error"),
     ("rank 64", "error_rank_64"),
     ("sigma max", "sigma_max"),
     ("peak MiB", "peak_mib"),
 )
-
-
-class Implementation(NamedTuple):
-    """One way to orthogonalise, and the named polynomial it computes."""
-
-    name: str
-    run: Orthogonalize
-    coefficients: str
-    own: bool
 
 
 def measure(
@@ -70,6 +61,8 @@ def measure(
     model: str | None = None,
     ep: int = 8,
     peers: Sequence[str] | None = None,
+    products: bool = False,
+    step: bool = False,
     device: str | None = None,
     warm_up: int = 3,
     rounds: int = 15,
@@ -80,6 +73,8 @@ def measure(
         shapes: `BATCHxROWSxCOLUMNS` each; None takes Moonlight's experts, small ones on a CPU.
         model: a hub id or folder; its matrices at expert parallel size `ep` replace `shapes`.
         peers: names of `PEERS`; None is all that run here, () is none.
+        products: also measure each kind of product alone, on a GPU with every candidate tile.
+        step: also measure the whole optimizer step over the matrices, and its workspace.
         device: `cuda` or `cpu`; None takes the GPU when there is one.
 
     Raises:
@@ -104,47 +99,37 @@ def measure(
         "rows": [],
         "absent": {},
     }
+    repeats = (warm_up, rounds)
+    if chosen.type == "cuda":
+        result["kernels_ready_s"] = seconds_until_ready(batches, chosen)
     names = list(PEERS if peers is None else peers)
     for batch in batches:
-        _measure_batch(result, batch, chosen, names, (warm_up, rounds))
+        _measure_batch(result, batch, chosen, names, repeats)
     if model:
         result["totals"] = _totals(result)
+    if products:
+        for batch in _of_each_size(batches):
+            out.note(f"{batch.label}: products")
+            rows, absent = product_rows(batch, chosen, result["matmul_tflops"], repeats)
+            result["rows"] += rows
+            result["absent"] |= absent
+    if step:
+        from epctl.bench.muon_step_case import step_rows  # DeepSpeed: seconds to import
+
+        out.note("whole optimizer step")
+        result["rows"] += step_rows(
+            batches, chosen, ep if model else None, result["matmul_tflops"], repeats
+        )
     return result
+
+
+def _of_each_size(batches: Sequence[MatrixBatch]) -> list[MatrixBatch]:
+    """Returns the batches without those whose products have another's sizes and strides."""
+    return list({(b.num_measured, b.num_rows, b.num_columns): b for b in batches}.values())
 
 
 def _default_shapes() -> Sequence[str]:
     return GPU_SHAPES if torch.cuda.is_available() else CPU_SHAPES
-
-
-def implementations(
-    device: torch.device, peers: Sequence[str]
-) -> tuple[list[Implementation], dict[str, str]]:
-    """Returns what can run on `device`, and why the others cannot."""
-    absent: dict[str, str] = {}
-
-    def own(method: Any, products: Any) -> Orthogonalize:
-        return lambda x_BMN: orthogonalize(x_BMN, method=method, products=products)
-
-    found = [
-        Implementation("epctl", own("auto", "torch"), "you", own=True),
-        Implementation("epctl standard", own("standard", "torch"), "you", own=True),
-        Implementation("epctl gram", own("gram", "torch"), "you", own=True),
-    ]
-    if device.type == "cuda":
-        symmetric = own("auto", "symmetric")
-        found.append(Implementation("epctl symmetric", symmetric, "you", own=True))
-    else:
-        absent["epctl symmetric"] = "its Triton kernel needs a GPU"
-    for name in peers:
-        try:
-            built = PEERS[name]()
-        except Exception as error:  # another package's surprise; the run goes on without it
-            built = f"{type(error).__name__}: {error}"[:200]
-        if isinstance(built, str):
-            absent[name] = built
-        else:
-            found.append(Implementation(name, built, "jordan", own=False))
-    return found, absent
 
 
 def _measure_batch(
@@ -155,6 +140,7 @@ def _measure_batch(
     repeats: tuple[int, int],
 ) -> None:
     out.note(f"{batch.label}: gate, then {repeats[1]} rounds")
+    forget_compiled()
     found, absent = implementations(device, peers)
     result["absent"] |= absent
     green: dict[str, dict[str, float]] = {}
@@ -173,6 +159,8 @@ def _measure_batch(
         batch.num_measured, batch.num_rows, batch.num_columns, device=device,
         generator=torch.Generator(device).manual_seed(0),
     )  # fmt: skip
+    if device.type == "cuda":
+        x_BMN = x_BMN.bfloat16()  # what peers take: their time has no conversion in it
     passed = {item.name: item for item in found if item.name in green}
     runs = {name: functools.partial(item.run, x_BMN) for name, item in passed.items()}
     samples = sample_interleaved(
@@ -183,7 +171,7 @@ def _measure_batch(
         row["ms"] = spread([1e3 * seconds for seconds in samples[name]])._asdict()
         row |= _rates(row, batch, result["matmul_tflops"])
         if device.type == "cuda":
-            row["peak_mib"] = _peak(item.run, x_BMN)
+            row["peak_mib"] = _peak(item, x_BMN)
         result["rows"].append(row)
 
 
@@ -271,13 +259,15 @@ def _rates(row: dict[str, Any], batch: MatrixBatch, matmul_tflops: float) -> dic
     }
 
 
-def _peak(run: Orthogonalize, x_BMN: Tensor) -> float:
+def _peak(item: Implementation, x_BMN: Tensor) -> float:
+    """Returns MiB beside the input; what a graph holds between calls is in it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run(x_BMN)
+    item.run(x_BMN)
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
+    held = shared_bytes() if item.name.startswith("epctl graphs") else 0
+    return (torch.cuda.max_memory_allocated() - before + held) / MEBIBYTE
 
 
 def _totals(result: Result) -> dict[str, float]:
@@ -299,7 +289,7 @@ def table(result: Result) -> Table:
 
     shown = Table(
         title=f"orthogonalisation on {result['machine']['device']}, "
-        f"matmul {result['matmul_tflops']:.2f} TFLOP/s",
+        f"matmul {result['matmul_tflops']:.2f} TFLOP/s{_ready(result)}",
         title_justify="left",
     )
     columns = [(title, key) for title, key in COLUMNS if any(key in r for r in result["rows"])]
@@ -313,6 +303,11 @@ def table(result: Result) -> Table:
     return shown
 
 
+def _ready(result: Result) -> str:
+    seconds = result.get("kernels_ready_s")
+    return "" if seconds is None else f", kernels ready in {seconds:.1f} s"
+
+
 def _shown(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if key.startswith("error"):
@@ -323,7 +318,8 @@ def _shown(row: dict[str, Any], key: str) -> str:
 def draw(result: Result, figure: Figure) -> None:
     """Draws milliseconds a batch as bars, the floor as a line."""
     axes = figure.subplots()
-    rows = result["rows"]
+    # Orthogonalisation alone: a step takes a hundred times as long, a product a tenth.
+    rows = [row for row in result["rows"] if "error_full_rank" in row]
     names = [f"{row['implementation']}\n{row['batch']}" for row in rows]
     axes.barh(names, [row["ms"]["median"] for row in rows], color="tab:blue")
     for place, row in enumerate(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 
 import torch
@@ -31,6 +32,7 @@ def _deepspeed(name: str) -> Callable[[], Orthogonalize | str]:
         iterate = getattr(original_muon, name, None)
         if iterate is None:
             return f"this DeepSpeed has no {name}"
+        _compile_for_each_shape()
         return lambda x_BMN: iterate(x_BMN, NUM_STEPS)
 
     return build
@@ -41,9 +43,23 @@ def _gram_newton_schulz() -> Orthogonalize | str:
         return "gram-newton-schulz is not installed"
     if not torch.cuda.is_available():
         return "its kernels need a GPU"
+    _compile_for_each_shape()
     package = importlib.import_module("gram_newton_schulz")
     iterate: Orthogonalize = package.GramNewtonSchulz(ns_coefficients=[JORDAN] * NUM_STEPS)
     return iterate
+
+
+def forget_compiled() -> None:
+    """Drops what peers compiled for other shapes: a limit on recompilations would end them."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+def _compile_for_each_shape() -> None:
+    """Has peers compiled for the batch that is timed, not for any size of it."""
+    if torch.cuda.is_available():
+        dynamo = importlib.import_module("torch._dynamo")
+        dynamo.config.automatic_dynamic_shapes = False
 
 
 PEERS: Mapping[str, Callable[[], Orthogonalize | str]] = {

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from epctl.bench import muon
+from epctl.bench import muon, muon_own, muon_products
 from epctl.bench.muon_shapes import MatrixBatch, matrices_of_rank, parse_shapes
 from epctl.errors import ConfigError, GateError
 from epctl.kernels.newton_schulz import COEFFICIENTS, orthogonalize
+from epctl.kernels.newton_schulz_cost import iteration_flops
 
 TINY = {"shapes": ["2x24x40", "1x33x16"], "device": "cpu", "rounds": 2, "warm_up": 0}
 
@@ -58,6 +59,45 @@ def test_rows_have_gate_time_and_floor() -> None:
     muon.table(result)
 
 
+def test_products_have_rows_of_their_own() -> None:
+    shapes = ["2x24x40", "2x40x24", "2x24x40"]
+    result = muon.measure(shapes=shapes, device="cpu", rounds=1, warm_up=0, peers=(), products=True)
+    rows = [row for row in result["rows"] if "error" in row]
+    names = [f"{shape} {name}" for shape in shapes[:2] for name in ("X X^T", "R R", "Q X")]
+    assert [row["batch"] for row in rows] == names
+    assert {row["implementation"] for row in rows} == {"torch"}  # tiles are for a GPU
+    assert all(row["error"] < 1e-6 for row in rows)
+    by_name = {row["batch"]: row for row in rows}
+    seconds = {name: row["ms"]["median"] / 1e3 for name, row in by_name.items()}
+    flops = {name: row["tflops"] * 1e12 * seconds[name] for name, row in by_name.items()}
+    assert flops["2x24x40 X X^T"] == pytest.approx(2 * 2 * 24 * 24 * 40)
+    assert flops["2x40x24 R R"] == pytest.approx(2 * 2 * 24**3)
+    assert flops["2x24x40 Q X"] == pytest.approx(2 * 2 * 24 * 24 * 40)
+    for name in names:  # half of what is symmetric
+        share = 1 if "Q" in name else 2
+        floor = 1e-3 * by_name[name]["floor_ms"] * result["matmul_tflops"] * 1e12
+        assert floor == pytest.approx(flops[name] / share)
+    muon.table(result)
+
+
+def test_a_wrong_product_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = muon_products.PRODUCTS[1]
+    wrong = right._replace(by_torch=lambda o: right.by_torch(o).mul_(1.001))
+    monkeypatch.setattr(muon_products, "PRODUCTS", (wrong,))
+    with pytest.raises(GateError, match="torch at 2x24x40 R R"):
+        muon.measure(**TINY, peers=(), products=True)
+
+
+def test_the_whole_step_is_one_row_over_all_matrices() -> None:
+    result = muon.measure(**TINY, peers=(), step=True)
+    (row,) = [row for row in result["rows"] if row["batch"].startswith("step")]
+    assert row["implementation"] == "epctl step, torch"
+    assert (row["num_matrices"], row["num_parameters"]) == (3, 2 * 24 * 40 + 33 * 16)
+    flops = 2 * iteration_flops("gram", 24, 40) + iteration_flops("gram", 33, 16)
+    assert row["tflops"] * 1e9 * row["ms"]["median"] == pytest.approx(flops)
+    muon.table(result)
+
+
 def test_totals_weigh_each_shape_by_what_a_rank_owns() -> None:
     def row(batch: str, name: str, ms: float, measured: int, owned: float) -> dict[str, Any]:
         facts = {"batch": batch, "implementation": name, "ms": {"median": ms}}
@@ -74,14 +114,14 @@ def test_a_red_gate_gives_no_number(fault: str, monkeypatch: pytest.MonkeyPatch)
         "nan": lambda x, **kw: orthogonalize(x) * float("nan"),
         "scale": lambda x, **kw: orthogonalize(x) * 1.01,
     }
-    monkeypatch.setattr(muon, "orthogonalize", faults[fault])
+    monkeypatch.setattr(muon_own, "own_iteration", faults[fault])
     with pytest.raises(GateError, match="epctl at 2x24x40"):
         muon.measure(**TINY, peers=())
 
 
 def test_the_gate_is_the_polynomial_and_not_the_polar_factor() -> None:
     """A perfect polar factor is another function: its singular values are all one."""
-    exact = muon.Implementation("polar", _polar, "you", own=True)
+    exact = muon_own.Implementation("polar", _polar, "you", own=True)
     with pytest.raises(GateError, match="error_full_rank"):
         muon.gate(exact, MatrixBatch(1, 24, 40, 1), torch.device("cpu"))
     assert "you" in COEFFICIENTS

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from epctl.config import resolve_config
 from epctl.kernels import newton_schulz_chain
 from epctl.kernels.newton_schulz import COEFFICIENTS, coefficient_table, normalize, orthogonalize
 from epctl.kernels.newton_schulz_cost import choose_method, gram_segments, iteration_flops
+from epctl.runtime.muon_rule import MuonRule
 
 METHODS = ("standard", "gram")
 SHAPE = (88, 128)  # Moonlight's experts, 1408 x 2048, over 16
@@ -193,6 +195,23 @@ def test_auto_follows_the_cost_table() -> None:
     assert not torch.equal(orthogonalize(wide), orthogonalize(wide, method="standard"))
     square = matrix_of_rank(64, (64, 64))[None]
     assert torch.equal(orthogonalize(square), orthogonalize(square, method="standard"))
+
+
+@pytest.mark.parametrize("lowest", [1.0, 0.1, 0.01])
+def test_the_default_table_is_the_nearest_to_the_polar_factor(lowest: float) -> None:
+    """All tables of five steps cost the same, so the most accurate one is the default."""
+    values = torch.logspace(0, math.log10(lowest), 88, dtype=torch.float64)
+    x_MN = torch.diag(values)
+    distances = {
+        name: float((polynomial_by_svd(x_MN, name) - torch.eye(88)).norm() / 88**0.5)
+        for name in COEFFICIENTS
+    }
+    defaults = (MuonRule().coefficients, resolve_config(flags={}).config.optim.coefficients)
+    assert defaults == ("you", "you")
+    assert min(distances, key=lambda name: distances[name]) == "you"
+    assert {len(rows) for rows in COEFFICIENTS.values()} == {5}
+    x_BMN = x_MN[None].float()
+    assert torch.equal(orthogonalize(x_BMN), orthogonalize(x_BMN, coefficients="you"))
 
 
 def test_unknown_coefficients_name_the_known_ones() -> None:

@@ -215,3 +215,20 @@ def test_a_named_method_keeps_the_chosen_products() -> None:
     assert (chosen.method, chosen.products) == ("gram", "symmetric")
     in_bfloat16 = resolve_iteration((16, 128), cpu, torch.bfloat16)
     assert in_bfloat16.method == "standard"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(7, 1408, 2048), (7, 2048, 1408), (5, 576, 2048)])
+def test_graphs_and_symmetric_products_on_a_gpu(shape: tuple[int, int, int]) -> None:
+    """Half precision against float32's products; a second batch goes through the same graph."""
+    for seed in (1, 2):
+        x_BMN = batch(*shape, seed=seed).to("cuda")
+        expected = orthogonalize(x_BMN, dtype=torch.float32, products="torch", method="gram")
+        for at_once, use_graphs in ((None, True), (None, False), (2, True)):
+            found = orthogonalize(
+                x_BMN, products="symmetric", method="gram", use_graphs=use_graphs, at_once=at_once
+            )
+            assert float((found - expected).norm() / expected.norm()) < 5e-3
+    cache = graphs._CACHES[x_BMN.device]
+    assert cache.refused is None
+    assert cache.captured

@@ -1,0 +1,115 @@
+"""What `epctl bench muon` times: epctl's iterations in their variants, and the peers there are.
+
+Shape suffixes: see kernels/newton_schulz.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from epctl.bench.muon_peers import PEERS, Orthogonalize
+from epctl.bench.muon_shapes import MatrixBatch
+from epctl.kernels.muon_passes import apply_update_, mix_momentum_, normalize_into
+from epctl.kernels.newton_schulz import iteration_dtype, orthogonalize_normal_
+
+
+class Implementation(NamedTuple):
+    """One way to orthogonalise, and the named polynomial it computes."""
+
+    name: str
+    run: Orthogonalize
+    coefficients: str
+    own: bool
+
+
+# Settings of `own_iteration` by name; `epctl` is what the optimizer takes by itself.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "epctl": {},
+    "epctl standard": {"method": "standard", "products": "torch"},
+    "epctl gram": {"method": "gram", "products": "torch"},
+}
+TRITON: dict[str, Any] = {"products": "symmetric", "passes": "triton"}
+GPU_VARIANTS: dict[str, dict[str, Any]] = {
+    "epctl symmetric": TRITON,
+    "epctl graphs": {**TRITON, "use_graphs": True},
+    # How many matrices a chunk should have is between its cache and full waves of tiles.
+    "epctl graphs, 2 at once": {**TRITON, "use_graphs": True, "at_once": 2},
+    "epctl graphs, 7 at once": {**TRITON, "use_graphs": True, "at_once": 7},
+    "epctl graphs, 11 at once": {**TRITON, "use_graphs": True, "at_once": 11},
+    "epctl symmetric, all at once": {**TRITON, "at_once": 64},
+    "epctl standard symmetric": {**TRITON, "method": "standard", "use_graphs": True},
+}
+
+
+def own_iteration(x_BMN: Tensor, *, passes: Any = "torch", **settings: Any) -> Tensor:
+    """Returns orthogonal factors as the optimizer makes them: norm and cast in, then the chain."""
+    normal_BMN = torch.empty_like(x_BMN, dtype=iteration_dtype(x_BMN.device))
+    normalize_into(x_BMN, normal_BMN, implementation=passes)
+    orthogonalize_normal_(normal_BMN, **settings)
+    return normal_BMN
+
+
+def implementations(
+    device: torch.device, peers: Sequence[str]
+) -> tuple[list[Implementation], dict[str, str]]:
+    """Returns what can run on `device`, and why the others cannot."""
+    absent: dict[str, str] = {}
+    variants = dict(VARIANTS)
+    if device.type == "cuda":
+        variants |= GPU_VARIANTS
+    else:
+        absent |= dict.fromkeys(GPU_VARIANTS, "its Triton kernels need a GPU")
+    found = [
+        Implementation(name, functools.partial(_run_own, settings), "you", own=True)
+        for name, settings in variants.items()
+    ]
+    for name in peers:
+        try:
+            built = PEERS[name]()
+        except Exception as error:  # another package's surprise; the run goes on without it
+            built = f"{type(error).__name__}: {error}"[:200]
+        if isinstance(built, str):
+            absent[name] = built
+        else:
+            found.append(Implementation(name, built, "jordan", own=False))
+    return found, absent
+
+
+def _run_own(settings: dict[str, Any], x_BMN: Tensor) -> Tensor:
+    return own_iteration(x_BMN, **settings)
+
+
+def seconds_until_ready(batches: Sequence[MatrixBatch], device: torch.device) -> float:
+    """Returns how long the first step at every shape takes with nothing compiled before.
+
+    To be called before any Triton kernel of this process runs: its cache is an empty folder
+    meanwhile.
+    """
+    previous = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            begin = time.perf_counter()
+            for batch in batches:
+                shape = (batch.num_rows, batch.num_columns)
+                x_BMN = torch.ones(1, *shape, device=device)
+                own_iteration(x_BMN, **GPU_VARIANTS["epctl graphs"])
+            flat = torch.ones(4096, device=device)
+            mix_momentum_(flat, flat.clone(), 0.9, nesterov=True, implementation="triton")
+            apply_update_(
+                flat, flat.half(), rate=1.0, scale=1.0, decay=0.0, implementation="triton"
+            )
+            torch.cuda.synchronize(device)
+            return time.perf_counter() - begin
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if previous is not None:
+                os.environ["TRITON_CACHE_DIR"] = previous
