@@ -29,21 +29,13 @@ CHECK_SETTINGS: dict[str, Any] = {
 def check_settings(resolved: ResolvedConfig, output: Output) -> ResolvedConfig:
     """Returns the config of a check: the asked-for layout, float32, full steps.
 
-    Raises ConfigError for an optimizer that has no unsharded form to compare with, and for
-    sequence parallelism.
+    Raises ConfigError for an optimizer that has no unsharded form to compare with.
     """
     if resolved.config.optim.name not in ("muon", "adamw"):
         raise ConfigError(
             f"`--check` compares muon and adamw; `{resolved.config.optim.name}` exists inside the "
             "engine only",
             hint="check the layout with `--optim muon`",
-        )
-    if resolved.config.parallel.sp > 1:
-        raise ConfigError(
-            f"`--check` compares whole sequences token by token; with `--sp "
-            f"{resolved.config.parallel.sp}` no rank has one",
-            hint="check the layout at `--sp 1`; sequence parallelism has its own gate: "
-            "`epctl bench multimodal-sp`",
         )
     for key, value in CHECK_SETTINGS.items():
         if resolved.is_given(key):
@@ -60,12 +52,16 @@ def conclude(folder: Path, output: Output) -> None:
     if failed:
         worst = failed[0]
         raise GateError(
-            f"the layout ep {document['ep']}, ZeRO-{document['zero']} does not train as the whole "
-            f"model does: {len(failed)} of {len(document['rows'])} rows differ, first "
-            f"`{worst['quantity']}` by {worst['difference']:.1e} (tolerance "
-            f"{worst['tolerance']:.0e})",
+            f"the layout {_layout(document)} does not train as the whole model does: "
+            f"{len(failed)} of {len(document['rows'])} rows differ, first `{worst['quantity']}` "
+            f"by {worst['difference']:.1e} (tolerance {worst['tolerance']:.0e})",
             hint=f"do not start the run; the report is `{folder / REPORT_NAME}`",
         )
+
+
+def _layout(document: dict[str, Any]) -> str:
+    sp = f", sp {document['sp']}" if document["sp"] > 1 else ""
+    return f"ep {document['ep']}{sp}, ZeRO-{document['zero']}"
 
 
 def report_table(document: dict[str, Any]) -> Table:
@@ -73,7 +69,7 @@ def report_table(document: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    layout = f"{document['num_ranks']} ranks, ep {document['ep']}, ZeRO-{document['zero']}"
+    layout = f"{document['num_ranks']} ranks, {_layout(document)}"
     table = Table(
         title=f"{document['model']}, {document['num_layers']} layers, {document['optimizer']}: "
         f"transformers on one rank against {layout}",

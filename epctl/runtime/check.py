@@ -107,7 +107,7 @@ def compare_asked(
         return {}
     tolerance = TOLERANCES[device.type]
     rows = step_rows(reference.steps, records, tolerance)
-    if choices_LTK is not None:
+    if choices_LTK is not None and reference.choices_LTK is not None:
         rows.append(choice_row(reference.choices_LTK, choices_LTK, tolerance))
     rows += weight_rows(squares, len(steps), tolerance)
     result = report(rows, _facts(config, mesh, model))
@@ -121,21 +121,22 @@ def _facts(config: RunConfig, mesh: Mesh, model: TrainingModel) -> dict[str, obj
         "num_layers": model.num_layers,
         "num_ranks": mesh.num_ranks,
         "ep": mesh.ep_size,
+        "sp": mesh.sp_size,
         "zero": config.parallel.zero,
         "optimizer": config.optim.name,
     }
 
 
 def global_batches(config: RunConfig, mesh: Mesh, data: TrainingData, step: int) -> Iterator[Batch]:
-    """Yields the micro-batches of all ranks, micro-step by micro-step."""
+    """Yields the micro-batches of all places with samples of their own, by micro-step."""
     train = config.train
-    first = step * rows_per_step(train, mesh.num_ranks)
-    for place in range(train.gradient_accumulation_steps * mesh.num_ranks):
+    first = step * rows_per_step(train, mesh.num_data_ranks)
+    for place in range(train.gradient_accumulation_steps * mesh.num_data_ranks):
         yield data.train_batch(first + place * train.micro_batch_size, train.micro_batch_size)
 
 
 def rank_batches(config: RunConfig, mesh: Mesh, data: TrainingData, step: int) -> Iterator[Batch]:
-    """Yields this rank's share of them."""
+    """Yields this rank's share of them; ranks of one sample have the same."""
     for place, batch in enumerate(global_batches(config, mesh, data, step)):
-        if place % mesh.num_ranks == mesh.rank:
+        if place % mesh.num_data_ranks == mesh.data_rank:
             yield batch

@@ -1,6 +1,6 @@
 """The asked-for side of `--check`: the layout, engine and optimizer that a long run would use.
 
-Shape suffixes: L MoE layers, M micro-batches, T tokens, K top_k.
+Shape suffixes: L MoE layers, B sequences, T tokens, K top_k.
 """
 
 from __future__ import annotations
@@ -64,11 +64,25 @@ class AskedRun:
         self.engine.train()
         for hook in hooks:
             hook.remove()
-        mine_LMTK = torch.stack([torch.stack(seen) for seen in found])
-        gathered = [torch.empty_like(mine_LMTK) for _ in range(self.mesh.num_ranks)]
-        dist.all_gather(gathered, mine_LMTK)
-        # Micro-step by micro-step, rank by rank: how the reference walks through the batch.
-        return torch.stack(gathered, dim=2).flatten(1, 3).cpu()
+        size = self.config.train.micro_batch_size
+        # Of each micro-batch [L, B, this rank's tokens of a sequence, K].
+        mine = [
+            torch.stack([seen[m].cpu().view(size, -1, seen[m].shape[-1]) for seen in found])
+            for m in range(len(batches))
+        ]
+        gathered: list[Any] = [None] * self.mesh.num_ranks
+        dist.all_gather_object(gathered, mine)
+        return self._in_order(gathered, len(batches))
+
+    def _in_order(self, by_rank: list[list[Tensor]], num_micro_batches: int) -> Tensor:
+        """Returns the choices micro-step by micro-step, place by place, as the reference walks."""
+        sp = self.mesh.sp_size
+        pieces = []
+        for m in range(num_micro_batches):
+            for first in range(0, self.mesh.num_ranks, sp):
+                of_sample = [by_rank[rank][m] for rank in range(first, first + sp)]
+                pieces.append(torch.cat(of_sample, dim=2).flatten(1, 2))
+        return torch.cat(pieces, dim=1)
 
     @torch.no_grad()
     def weight_squares(self, reference: Any) -> Squares:

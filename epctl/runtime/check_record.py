@@ -14,6 +14,8 @@ from torch import Tensor
 
 # First match decides; what none matches is a norm.
 PARTS = (
+    ("vision", ".visual."),
+    ("vision", "vision_"),
     ("embedding", ".embed_tokens."),
     ("head", "lm_head."),
     ("attention", "attn."),

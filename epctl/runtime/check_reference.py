@@ -32,7 +32,7 @@ class Reference:
     """What the unsharded model did."""
 
     steps: list[StepRecord]
-    choices_LTK: Tensor
+    choices_LTK: Tensor | None
     weights: dict[str, Tensor]
 
 
@@ -120,9 +120,11 @@ def _total(norms: dict[str, float]) -> float:
 
 
 @torch.no_grad()
-def _choices(module: nn.Module, batches: list[Batch], device: torch.device) -> Tensor:
-    """Returns the experts that transformers' routers choose for every token."""
+def _choices(module: nn.Module, batches: list[Batch], device: torch.device) -> Tensor | None:
+    """Returns the experts that transformers' routers choose for every token, None without any."""
     blocks = [block for _, block in moe_blocks(module)]
+    if not blocks:
+        return None
     found: list[list[Tensor]] = [[] for _ in blocks]
     hooks = [
         router_of(block).register_forward_hook(

@@ -7,6 +7,7 @@ Faults are planted here by patching; production code has no hook for them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import gc
 import json
@@ -27,6 +28,7 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.events import EventLog
 from epctl.runtime.leave import leave
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.sequence import loss
 
 
 @contextlib.contextmanager
@@ -89,12 +91,24 @@ def norm_counting_experts_twice() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def labels_cut_before_shifted() -> Iterator[None]:
+    """The target of a rank's last token, which lies with the next rank, is lost."""
+
+    def cut_first(labels_BS: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return loss.shifted_targets(labels_BS[:, start:stop]).contiguous()
+
+    with mock.patch.object(loss, "local_targets", cut_first):
+        yield
+
+
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "healthy": contextlib.nullcontext,
     "route_scale_dropped": route_scale_dropped,
     "correction_bias_dropped": correction_bias_dropped,
     "expert_gradient_scaled_by_ep": expert_gradient_scaled_by_ep,
     "norm_counting_experts_twice": norm_counting_experts_twice,
+    "labels_cut_before_shifted": labels_cut_before_shifted,
 }
 
 
@@ -105,10 +119,13 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     mesh = seams.create_mesh(first.parallel.ep)
     model = open_model(cases[0]["model"])
     reference = check.reference_on_rank_0(first, mesh, model, data, CPU, folder)
-    results = {}
+    results: dict[str, Any] = {}
+    whole = copy.deepcopy(model.config)
     for case in cases:
         config = case_config(case)
-        mesh = seams.create_mesh(config.parallel.ep)
+        # Sequence parallelism notes its attention functions in the config it is built from.
+        model.config = copy.deepcopy(whole)
+        mesh = seams.create_mesh(config.parallel.ep, config.parallel.sp)
         with FAULTS[case["fault"]]():
             results[case["name"]] = check.compare_asked(
                 config, mesh, model, data, CPU, EventLog(folder, mesh.rank), folder, reference

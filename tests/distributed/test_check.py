@@ -12,12 +12,15 @@ from tiny_moonlight import write_tiny_moonlight
 
 pytestmark = pytest.mark.distributed
 
+# Two ranks a sample, so half as many places: the same rows a step.
+SHARED = {"parallel.sp": 2, "train.micro_batch_size": 4}
 HEALTHY: dict[str, dict[str, Any]] = {
     "ep4-zero3": {"ep": 4, "zero": 3},
     "ep2-zero2": {"ep": 2, "zero": 2},
     "ep1-zero1": {"ep": 1, "zero": 1},
     "ep2-zero0": {"ep": 2, "zero": 0},
     "ep4-zero3-recompute": {"ep": 4, "zero": 3, "more": {"train.activation_checkpointing": True}},
+    "ep2-sp2-zero3": {"ep": 2, "zero": 3, "more": SHARED},
     "ep2-zero3-offload": {"ep": 2, "zero": 3, "more": {"optim.offload": True}},
 }
 FAULTY: dict[str, dict[str, Any]] = {
@@ -25,6 +28,7 @@ FAULTY: dict[str, dict[str, Any]] = {
     "correction_bias_dropped": {"ep": 2, "zero": 3},
     "expert_gradient_scaled_by_ep": {"ep": 2, "zero": 2},
     "norm_counting_experts_twice": {"ep": 2, "zero": 0},
+    "labels_cut_before_shifted": {"ep": 2, "zero": 2, "more": SHARED},
 }
 # What must be among the rows that differ, so that the table points at the cause.
 POINTS_AT = {
@@ -32,6 +36,7 @@ POINTS_AT = {
     "correction_bias_dropped": "router choices, share of tokens",
     "expert_gradient_scaled_by_ep": "gradient of experts, step 1",
     "norm_counting_experts_twice": "gradient norm, step 1",
+    "labels_cut_before_shifted": "loss, step 1",
 }
 FLAGS = {"optim.lr": 1e-3, "optim.warmup_steps": 0, "optim.schedule": "constant"}
 

@@ -66,7 +66,6 @@ def test_a_run_with_shared_samples_is_the_same_run(tmp_path: Path) -> None:
         (["--sp=3", "--num-ranks=4"], "sequence parallel size 3 does not divide the 4 ranks"),
         (["--sp=2", "--set=optim.qk_clip=100"], "`optim.qk_clip` looks at the queries and keys"),
         (["--sp=2", "--moe=autoep"], "`--moe autoep` with `--sp 2`"),
-        (["--sp=2", "--check"], "`--check` compares whole sequences"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_starts(

@@ -96,3 +96,19 @@ def test_a_dry_run_foresees_the_towers_memory(folder: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["memory"]["peak_bytes"] > 0
+
+
+def test_a_check_compares_the_tower_too(folder: Path) -> None:
+    """transformers on one rank against two ranks that share samples and experts."""
+    run = folder / "check"
+    result = epctl(
+        folder, "model", "--data", "chats/chats.jsonl", "--ep=2", "--sp=2", "--check",
+        "-o", str(run), *(flag for flag in SMALL if not flag.startswith("--steps")),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((run / "check.json").read_text())
+    assert report["ok"]
+    assert (report["sp"], report["zero"]) == (2, 3)
+    rows = {row["quantity"]: row for row in report["rows"]}
+    assert rows["gradient of vision, step 1"]["reference"] > 0.01
+    assert "router choices, share of tokens" in rows
