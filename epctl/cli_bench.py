@@ -119,6 +119,101 @@ def bench_muon(
 
 
 @bench_app.command(
+    name="train",
+    epilog=examples(
+        "epctl bench train",
+        "epctl bench train --model moonshotai/Moonlight-16B-A3B --layers 9 --peer deepspeed",
+        "epctl bench train --model Qwen/Qwen3-30B-A3B --layers 12 --zero 3 --peer none --scaling",
+        "epctl bench train --zero 3 --optim muon --routing balanced --json-file t.json",
+    ),
+)
+def bench_train(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name, folder or `tiny`; default: tiny, on GPUs 9 layers of Moonlight."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Decoder layers to keep; default: all.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Default: every GPU, or 2 on a CPU.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Expert parallel size; default: ranks.")] = None,
+    zero: Annotated[
+        str, typer.Option(help="ZeRO stages, commas between.", metavar="STAGES")
+    ] = "2,3",
+    optim: Annotated[
+        str, typer.Option(help="muon, adamw or both.", metavar="NAMES")
+    ] = "muon,adamw",
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Default: 4096 on GPUs, 64 on a CPU.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Sequences a rank; default: 4 on GPUs, 2 on a CPU.")
+    ] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="none, attention, moe or full; default: full on GPUs.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="deepspeed, transformers; repeatable; default: both, or none."),
+    ] = None,
+    routing: Annotated[
+        list[str] | None, typer.Option(help="natural, balanced; repeatable; default: both.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Timed steps a round and routing.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Turns of each engine; default: 2.")] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also on 1, 2, 4, ... ranks below.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no engine's turn later than this.")
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile/--no-profile", help="Say where a step's time goes.")
+    ] = True,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Another setting of the runs, `key=value`.")
+    ] = None,
+    json_file: JsonFileOption = None,
+    png: PngOption = None,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Measure whole training steps: tokens/s, TFLOP/s, MFU, memory and where the time goes.
+
+    MFU counts 3 x (2 x matrices that a token meets + causal attention) FLOPs a token, nothing that
+    is recomputed, over the matmul rate measured in the same process.
+    """
+    from epctl.bench.command import run_case
+    from epctl.bench.train_cases import parse_optimizers, parse_stages
+
+    set_mode(json_mode=json_mode, quiet=quiet)
+    run_case(
+        "train",
+        model=model,
+        layers=layers,
+        ranks=ranks,
+        ep=ep,
+        zero=parse_stages(zero),
+        optim=parse_optimizers(optim),
+        sequence_length=sequence_length,
+        micro_batch=micro_batch,
+        recompute=recompute,
+        peers=() if peer == ["none"] else peer,
+        routings=routing or (),
+        steps=steps,
+        rounds=rounds,
+        scaling=scaling,
+        minutes=minutes,
+        profile=profile,
+        device=device,
+        settings=setting or (),
+        json_path=json_file,
+        png_path=png,
+    )
+
+
+@bench_app.command(
     name="multimodal-sp",
     epilog=examples(
         "epctl bench multimodal-sp",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NAMES = ("video, 64 frames", "one large image", "16 mixed images", "64 tiles", "8 images")
 MODES = ("replicate", "gcs", "ulysses", "units", "aligned")
 CPU_RANKS = 2
+MODULE = "epctl.bench.multimodal_sp_ranks"
 
 COLUMNS = (
     ("sample", "workload"),
@@ -64,7 +65,7 @@ def measure(
         LaunchError: a rank failed.
     """
     # Only here: a benchmark that cannot start should say so without torch.
-    from epctl.bench.multimodal_sp_launch import follow_ranks
+    from epctl.bench.rank_launch import follow_ranks
 
     unknown = [name for name in workloads if name not in NAMES]
     if unknown:
@@ -88,7 +89,7 @@ def measure(
         "absent": {},
     }
     with tempfile.TemporaryDirectory(prefix="epctl-bench-") as name:
-        for event in follow_ranks(Path(name), chosen, max(sizes), settings):
+        for event in follow_ranks(Path(name), chosen, max(sizes), settings, MODULE):
             if "note" in event:
                 out.note(event["note"])
             elif "absent" in event:

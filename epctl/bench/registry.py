@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
+    from rich.console import RenderableType
 
 Result = dict[str, Any]
 
@@ -28,7 +28,7 @@ class CaseModule(Protocol):
         """
         ...
 
-    def table(self, result: Result) -> Table:
+    def table(self, result: Result) -> RenderableType:
         """Returns the rows for a terminal."""
         ...
 
@@ -56,6 +56,10 @@ CASES: Mapping[str, Case] = {
     "muon": Case(
         "orthogonalisation of matrix batches or of a whole model's, its peers and the floor",
         "epctl.bench.muon",
+    ),
+    "train": Case(
+        "whole training steps beside AutoEP and transformers; losses and weights checked first",
+        "epctl.bench.train",
     ),
     "multimodal-sp": Case(
         "one vision-language sample over several ranks, five ways; every gradient is checked first",

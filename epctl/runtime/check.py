@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from epctl.config import ResolvedConfig, RunConfig
 from epctl.errors import ConfigError
+from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.check_asked import AskedRun
 from epctl.runtime.check_record import TOLERANCES, choice_row, report, step_rows, weight_rows
 from epctl.runtime.check_reference import Reference, run_reference
@@ -102,7 +103,7 @@ def compare_asked(
     records = run.run(steps)
     with safe_open(folder / WEIGHTS_NAME, framework="pt") as weights:
         squares = run.weight_squares(weights)
-    engine.destroy()
+    seams.release_engine(engine)
     if reference is None:
         return {}
     tolerance = TOLERANCES[device.type]

@@ -30,6 +30,7 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ __all__ = [
     "initialize_distributed",
     "mark_expert_layer",
     "partition_module",
+    "release_engine",
     "replica_group",
     "split_expert_groups",
 ]
@@ -339,6 +341,16 @@ def client_optimizer(engine: Any) -> torch.optim.Optimizer:
     """Returns the optimizer inside the engine's ZeRO wrapper (engine.py, `basic_optimizer`)."""
     optimizer: torch.optim.Optimizer = engine.basic_optimizer
     return optimizer
+
+
+def release_engine(engine: Any) -> None:
+    """Destroys an engine so that its memory is free once nothing else refers to it.
+
+    ZeRO-3 keeps the model of the last forward on a module-level stack
+    (zero/parameter_offload.py, FWD_MODULE_STACK), and with it every partition and buffer.
+    """
+    engine.destroy()
+    FWD_MODULE_STACK.clear()
 
 
 def gradient_norm(engine: Any) -> float:

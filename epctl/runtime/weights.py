@@ -36,7 +36,26 @@ class RandomWeights:
         if destination.ndim < 2:
             destination.fill_(0.0 if name.endswith("bias") else 1.0)
             return
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = torch.Generator().manual_seed(self._seed_of(name))
         values = torch.empty(destination.shape).normal_(0.0, self.std, generator=generator)
         destination.copy_(values)
+
+    def _seed_of(self, name: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+
+class DeviceWeights(RandomWeights):
+    """Fresh weights made where they will lie, with that device's generator: for benchmarks.
+
+    They depend on seed, name and kind of device. A model of billions of parameters is filled in
+    seconds; through the CPU it would take minutes.
+    """
+
+    def read_into(self, name: str, destination: Tensor) -> None:
+        if destination.ndim < 2:
+            super().read_into(name, destination)
+            return
+        generator = torch.Generator(destination.device).manual_seed(self._seed_of(name))
+        values = torch.empty(destination.shape, device=destination.device)
+        destination.copy_(values.normal_(0.0, self.std, generator=generator))

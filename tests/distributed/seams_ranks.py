@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import resource
 import signal
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,17 @@ def failed_save(folder: Path) -> dict[str, Any]:
     return {"message": message, "left": left}
 
 
+def memory_of_an_engine_comes_back(zero: int) -> bool:
+    """True if nothing holds the model of an engine that trained a step and was let go."""
+    config, mesh, engine, optimizer, scheduler = make(zero, 2)
+    train_step(engine, scheduler, rank_batches(0, config), config, mesh)
+    held = weakref.ref(engine.module)
+    seams.release_engine(engine)
+    del engine, optimizer, scheduler
+    gc.collect()
+    return held() is None
+
+
 def main(folder: Path) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
@@ -199,6 +212,8 @@ def main(folder: Path) -> None:
         result[f"save{zero}"] = deepspeed_save_and_load(zero, folder / f"deepspeed{zero}")
     for zero in (0, 1, 2, 3):
         result[f"partitions{zero}"] = partitions_cover_everything(zero)
+    for zero in (2, 3):
+        result[f"released{zero}"] = memory_of_an_engine_comes_back(zero)
     result["failed_save"] = failed_save(folder)
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(result))
     dist.barrier()

@@ -91,3 +91,9 @@ def test_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(ranks: Rank
     for rank in ranks:
         assert rank["failed_save"]["message"].startswith("checkpoint not written: cannot write")
         assert rank["failed_save"]["left"] == []
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_an_engine_let_go_gives_its_memory_back(ranks: Ranks, zero: int) -> None:
+    """ZeRO-3 keeps the model of the last forward on a module-level stack; `destroy` leaves it."""
+    assert [rank[f"released{zero}"] for rank in ranks] == [True, True, True, True]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from epctl.bench import multimodal_sp, multimodal_sp_launch
+from epctl.bench import multimodal_sp
 from epctl.errors import ConfigError, GateError, ResourceError
 
 pytestmark = pytest.mark.distributed
@@ -70,7 +70,7 @@ def test_deepspeed_is_shown_with_its_error_and_gets_no_number(
 
 
 def test_a_severed_gradient_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multimodal_sp_launch, "MODULE", "broken_bench_ranks")
+    monkeypatch.setattr(multimodal_sp, "MODULE", "broken_bench_ranks")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(GateError, match=r"8 images, .*, 2 ranks: .*gradient 1\.0"):
         multimodal_sp.measure(workloads=["8 images"], device="cpu", rounds=1)

@@ -1,8 +1,9 @@
-"""Starts the ranks of `epctl bench multimodal-sp` on this machine and follows what they write."""
+"""Starts the ranks of a benchmark on this machine and follows what they write."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,23 +19,32 @@ from epctl.launch.devices import Placement
 from epctl.launch.probe_run import free_port
 
 POLL_SECONDS = 0.2
-MODULE = "epctl.bench.multimodal_sp_ranks"
 
 
 def follow_ranks(
-    folder: Path, device: Literal["cpu", "cuda"], num_ranks: int, settings: dict[str, Any]
+    folder: Path,
+    device: Literal["cpu", "cuda"],
+    num_ranks: int,
+    settings: dict[str, Any],
+    module: str,
+    silence_seconds: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """Yields the ranks' events as they are written; no rank outlives the iteration.
 
-    Raises GateError for an event `red`, LaunchError with a failing rank's exit code.
+    Args:
+        module: what a rank runs: `python -m MODULE FOLDER SETTINGS_JSON`.
+        silence_seconds: how long nothing may be written.
+
+    Raises GateError for an event `red`, LaunchError with a failing rank's exit code or for silence.
     """
-    ranks = _start(folder, device, num_ranks, settings)
-    position = 0
+    ranks = _start(folder, device, num_ranks, settings, module)
+    position, heard = 0, time.monotonic()
     try:
         while True:
             codes = [rank.poll() for rank in ranks]
             events, position = _new_events(folder / "events.jsonl", position)
             for event in events:
+                heard = time.monotonic()
                 if "red" in event:
                     raise GateError(f"gate red: {event['red']}")
                 yield event
@@ -46,6 +56,10 @@ def follow_ranks(
                 )
             if all(code == 0 for code in codes):
                 return
+            if time.monotonic() - heard > silence_seconds:
+                raise LaunchError(
+                    f"the ranks said nothing for {silence_seconds:.0f} s", exit_code=1
+                )
             time.sleep(POLL_SECONDS)
     finally:
         for rank in ranks:
@@ -55,7 +69,11 @@ def follow_ranks(
 
 
 def _start(
-    folder: Path, device: Literal["cpu", "cuda"], num_ranks: int, settings: dict[str, Any]
+    folder: Path,
+    device: Literal["cpu", "cuda"],
+    num_ranks: int,
+    settings: dict[str, Any],
+    module: str,
 ) -> list[subprocess.Popen[bytes]]:
     environment = rank_environment(Placement(device, num_ranks, "bench"), os.environ) | {
         "MASTER_ADDR": "127.0.0.1",
@@ -64,11 +82,13 @@ def _start(
     }
     if device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"
+        # DeepSpeed's Newton-Schulz would compile for a minute and a half and be no faster.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
     processes = []
     for rank in range(num_ranks):
         with (folder / f"rank-{rank}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(folder), json.dumps(settings)],
+                [sys.executable, "-m", module, str(folder), json.dumps(settings)],
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,0 +1,51 @@
+"""Ranks of `epctl bench train` in which things go wrong, by the name in EPCTL_TEST_FAULT.
+
+`engines`: AutoEP runs out of memory on rank 1 while rank 0 waits for it, and transformers trains
+other weights. `scale`: epctl's router forgets the routed scale, which the gate must see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from epctl.bench import train_engines
+from epctl.bench.train_engines import Order, Trainee
+from epctl.bench.train_ranks import main
+from epctl.runtime import moe_rules
+from epctl.runtime.leave import leave
+
+
+def out_of_memory(order: Order) -> Trainee:
+    if dist.get_rank() == 1:
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB. GPU 1 has 79.10 GiB in all")
+    dist.barrier()  # as the others wait in a collective of the step
+    raise AssertionError("unreachable")
+
+
+def other_weights(order: Order) -> Trainee:
+    train = order.config.train.model_copy(update={"seed": 1})
+    config = order.config.model_copy(update={"train": train})
+    return train_engines.open_transformers(dataclasses.replace(order, config=config))
+
+
+def without_scale(rule: Any) -> dict[str, Any]:
+    return route_arguments(rule) | {"scale": 1.0}
+
+
+route_arguments = moe_rules.RouterRule.route_arguments
+
+if __name__ == "__main__":
+    if os.environ["EPCTL_TEST_FAULT"] == "scale":
+        moe_rules.RouterRule.route_arguments = without_scale  # type: ignore[method-assign]
+    else:
+        train_engines.OPENERS["deepspeed"] = out_of_memory  # type: ignore[index]
+        train_engines.OPENERS["transformers"] = other_weights  # type: ignore[index]
+    leave(main(Path(sys.argv[1]), json.loads(sys.argv[2])))

@@ -1,0 +1,101 @@
+"""`epctl bench train` on gloo ranks: every implementation for real, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epctl.bench import train
+from epctl.errors import GateError
+
+pytestmark = pytest.mark.distributed
+
+Run = tuple[dict[str, Any], str, Path]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "epctl", "bench", "train", "--device", "cpu", "--layers", "2"]
+    command += ["--zero", "3", "--steps", "1", "--sequence-length", "32"]
+    command += ["--json-file", str(folder / "t.json"), "--png", str(folder / "t.png")]
+    environment = {**os.environ, "COLUMNS": "170", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "t.json").read_text()), done.stdout + done.stderr, folder
+
+
+def test_every_implementation_is_gated_and_measured(result: Run) -> None:
+    document, text, folder = result
+    assert document["absent"] == {}
+    names = [(r["optim"], r["implementation"], r["routing"]) for r in document["rows"]]
+    assert names == [
+        (optim, name, routing)
+        for optim in ("muon", "adamw")
+        for name in ("epctl", "deepspeed", "transformers")
+        for routing in ("natural", "balanced")
+    ]
+    for row in document["rows"]:
+        assert row["gate"]["loss"] <= 1e-5
+        assert row["tokens_per_second"]["median"] > 0
+        assert 0 < row["mfu"] < 1
+    assert "gate against transformers' own model" in text
+    assert "where a step goes on rank 0" in text
+    assert (folder / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_epctls_rows_state_ratios_memory_and_their_gate(result: Run) -> None:
+    for row in result[0]["rows"]:
+        if row["implementation"] != "epctl":
+            continue
+        assert row["gate"].keys() == {"loss", "norm", "weights"}
+        assert row["predicted_gib"] > 0.1
+        for peer in ("deepspeed", "transformers"):
+            assert row[f"speed_over_{peer}"] > 0
+            assert row[f"memory_over_{peer}"] > 0
+
+
+def test_balanced_routing_is_even_in_all_of_them(result: Run) -> None:
+    for row in result[0]["rows"]:
+        even = row["imbalance"] == pytest.approx(1.0, abs=0.05)
+        assert even == (row["routing"] == "balanced")
+
+
+def test_where_a_step_goes_adds_up(result: Run) -> None:
+    for row in result[0]["rows"]:
+        if row["routing"] == "natural":
+            parts = row["breakdown_ms"]
+            assert parts["optimizer"] > 0 < parts["compute"]
+            if row["implementation"] == "transformers":
+                assert parts["expert exchange"] == 0
+
+
+def measure_with(fault: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
+    monkeypatch.setattr(train, "MODULE", "failing_bench_ranks")
+    monkeypatch.setenv("EPCTL_TEST_FAULT", fault)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    return train.measure(device="cpu", layers=2, sequence_length=16, steps=1, **settings)
+
+
+def test_a_failed_engine_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = measure_with(
+        "engines", monkeypatch, zero=[2], optim=["adamw"], rounds=1, profile=False
+    )
+    rows = {(row["implementation"], row["routing"]): row for row in document["rows"]}
+    assert rows.keys() == {("epctl", "natural"), ("epctl", "balanced"), ("deepspeed", "-")}
+    reason, peak = rows["deepspeed", "-"]["failed"]
+    assert reason.startswith("out of memory: Tried to allocate 20.00 GiB")
+    assert peak.endswith(" at its peak")
+    where = "transformers at 2 ranks, EP 2, ZeRO-2, adamw"
+    assert document["absent"][where].startswith("gate red: a loss is ")
+
+
+def test_a_forgotten_route_scale_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GateError, match=r"gate red: 2 ranks, EP 2, ZeRO-3, muon: .* allowed"):
+        measure_with("scale", monkeypatch, zero=[3], optim=["muon"], peers=())
