@@ -95,6 +95,7 @@ def test_symmetric_products_compile(name: str, variant: str, tmp_path: Path) -> 
     ptx = compiled.asm["ptx"]
     assert "wgmma" in ptx
     assert "cp.async.bulk.tensor" in ptx
+    assert "wgmma.wait_group.sync.aligned 1;" in ptx, "no product is in flight beside the next"
     # 16 bytes a store, the mirror's as well: a mask by element would make them 2.
     assert set(re.findall(r"st\.global\.\S+", ptx)) == {"st.global.v4.b32"}
     assert stack_bytes(compiled, tmp_path) == 0

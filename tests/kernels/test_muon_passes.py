@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epctl.bench.muon_own import GPU_VARIANTS, own_iteration
 from epctl.kernels import muon_passes
 from epctl.kernels.muon_passes import (
     PassChoice,
@@ -22,6 +23,7 @@ from epctl.kernels.muon_passes import (
     mix_momentum_,
     normalize_into,
 )
+from epctl.kernels.newton_schulz import orthogonalize
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 here = pytest.mark.skipif(
@@ -188,6 +190,18 @@ def test_the_optimizer_steps_alike_by_triton_and_by_torch(device: torch.device) 
         allowed = 2 * 0.02 if on_gpu else 2 * 485 * 2.0**-22
         assert float((ours - theirs).norm() / theirs.norm()) < allowed
         assert not torch.equal(ours, theirs)
+
+
+@here
+@pytest.mark.parametrize("name", GPU_VARIANTS)
+def test_each_variant_of_the_benchmark_is_the_same_iteration(
+    name: str, device: torch.device
+) -> None:
+    x_BMN = random(device, 2, 17, 24)
+    expected = orthogonalize(x_BMN, dtype=torch.float32, method="standard", products="torch")
+    found = own_iteration(x_BMN, **GPU_VARIANTS[name])
+    allowed = 5e-3 if device.type == "cuda" else 4 * 485 * 2.0**-22
+    assert float((found - expected).norm() / expected.norm()) < allowed
 
 
 def two_steps(kernels: str, device: torch.device) -> list[Tensor]:
