@@ -87,6 +87,7 @@ def measure(
         "speedup_of": "time" if chosen == "cuda" else "processor time of the slowest rank",
         "rows": [],
         "absent": {},
+        "scaling": [],
     }
     with tempfile.TemporaryDirectory(prefix="epctl-bench-") as name:
         for event in follow_ranks(Path(name), chosen, max(sizes), settings, MODULE):
@@ -94,6 +95,8 @@ def measure(
                 out.note(event["note"])
             elif "absent" in event:
                 result["absent"][event["absent"]] = event["reason"]
+            elif "scaling" in event:
+                result["scaling"].append(event["scaling"])
             else:
                 row = event["row"]
                 result["rows"].append(row | {"gradient_error": row["gate"]["gradient"]})
@@ -126,7 +129,57 @@ def _gpu() -> str:
 
 
 def table(result: Result) -> Table:
-    """Returns the rows for a terminal; a rule between samples."""
+    """Returns the rows for a terminal, and below them what more ranks would do."""
+    from rich.table import Table
+
+    both = Table.grid(pad_edge=False)
+    both.add_row(_measured(result))
+    if result["scaling"]:
+        both.add_row(_scaling(result))
+    return both
+
+
+def _scaling(result: Result) -> Table:
+    """Returns N = 1 and what was measured, and 4 to 64 simulated from it."""
+    from rich import box
+    from rich.table import Table
+
+    title = "aligned: * is a simulation from this run's own rates (docs/sequence-parallel.md);\n"
+    title += "bytes: the tower's and its features', of those with an exchange in every layer"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for name in ("sample", "ranks", "fwd+bwd\nms", "speed-\nup", "tok/s\na rank", "sent\nMiB"):
+        shown.add_column(name, justify="left" if name == "sample" else "right", no_wrap=True)
+    shown.add_column("tower\nwork", justify="right")
+    shown.add_column("bytes", justify="right")
+    for one in result["scaling"]:
+        shown.add_section()
+        for place, point in enumerate(one["points"]):
+            ratio = _bytes_of_ulysses(result["rows"], one["workload"], point["ranks"])
+            shown.add_row(
+                one["workload"] if place == 0 else "",
+                f"{point['ranks']}{'*' if point['source'] == 'simulated' else ' '}",
+                f"{point['ms']:,.0f}",
+                f"{point['speedup']:.2f}x",
+                cell(point["tokens_per_second"]),
+                cell(point["sent_mib"]),
+                f"{point['tower_work']:.2f}x",
+                "-" if ratio is None else f"1/{1 / ratio:.1f}" if ratio else "none",
+            )
+    return shown
+
+
+def _bytes_of_ulysses(rows: list[dict[str, Any]], workload: str, ranks: int) -> float | None:
+    """Returns what `aligned` sends for the tower over what `ulysses` does, where both were run."""
+    sent = {
+        row["mode"]: row["tower_moved_mib"]
+        for row in rows
+        if (row["workload"], row["ranks"]) == (workload, ranks)
+    }
+    return sent["aligned"] / sent["ulysses"] if sent.get("ulysses") else None
+
+
+def _measured(result: Result) -> Table:
+    """Returns the rows; a rule between samples."""
     from rich import box
     from rich.table import Table
 

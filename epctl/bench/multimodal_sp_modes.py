@@ -62,7 +62,7 @@ def _gather_inputs(vision: ShardedVision) -> Callable[..., Any]:
         assert vision.layout is not None
         vision.layout.num_calls += 1
         kept = {key: value for key, value in given.items() if key != "sequence_layout"}
-        sizes, group = _sizes(vision), vision.group
+        sizes, group = _sizes(vision), vision.group.of("tower")
         if args:
             args = (gather_rows(args[0], sizes, group), *args[1:])
         else:

@@ -31,6 +31,13 @@ from epctl.bench.multimodal_sp_modes import (
     vision_cost,
     wrap_with_deepspeed,
 )
+from epctl.bench.multimodal_sp_rates import (
+    exchange_rate,
+    geometry_of,
+    largest_exchange,
+    tower_share,
+)
+from epctl.bench.multimodal_sp_scaling import Rates, scaling
 from epctl.bench.multimodal_sp_workloads import CPU, GPU, GPU_GATE, WORKLOADS, Workload, build_model
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.leave import leave
@@ -220,6 +227,28 @@ class Bench:
                 "gate": errors.get((size, mode), {"loss": 0.0, "gradient": 0.0}),
             }
             self.write(row=row)
+        self._scaling(
+            model, inputs, workload, {key: spread(v).median for key, v in compared.items()}
+        )
+
+    def _scaling(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        workload: Workload,
+        seconds: dict[str, float],
+    ) -> None:
+        """Writes what more ranks would do, by the rates of the most ranks that were measured."""
+        size, geometry = max(self.groups), geometry_of(model, inputs)
+        if self.rank < size:
+            rate = exchange_rate(self.groups[size], self.device, largest_exchange(geometry))
+        if self.rank > 0:
+            return
+        share = tower_share(model, inputs, self.device)
+        times = {1: seconds["1 whole"]} | {n: seconds[f"{n} aligned"] for n in self.groups}
+        rates = Rates(times[1], times[size], size, share, rate)
+        table = scaling(geometry, rates, {n: 1e3 * value for n, value in times.items()})
+        self.write(scaling={"workload": workload.name, "mode": "aligned", **table})
 
     def _runs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[tuple[int, str], Run]:
         """Returns a step of one rank alone, and of every mode on its ranks."""
@@ -266,17 +295,21 @@ class Bench:
         self, model: nn.Module, inputs: dict[str, Tensor], size: int, mode: Any
     ) -> dict[str, float]:
         """Returns memory, traffic and balance of one step: the most over the ranks."""
-        facts = {"encoder_mib": 0.0, "total_mib": 0.0, "moved_mib": 0.0, "vision_cost": 1.0}
+        facts = {"encoder_mib": 0.0, "total_mib": 0.0, "moved_mib": 0.0, "tower_moved_mib": 0.0}
+        facts["vision_cost"] = 1.0
         if self.rank < size:
             if size == 1:
                 with sharded(model, SequenceGroup(), "aligned"):
                     facts |= self._memory(model, lambda: _loss(model(**inputs)))
             else:
                 group = self.groups[size]
-                group.traffic.num_bytes = 0
+                group.traffic.reset()
                 with sharded(model, group, mode) as parallel:
                     facts |= self._memory(model, lambda: _loss(model(**inputs)))
                 facts["moved_mib"] = group.traffic.num_bytes / MEBIBYTE
+                sent = group.traffic.by_part
+                tower = sent.get("tower", 0) + sent.get("features", 0)
+                facts["tower_moved_mib"] = tower / MEBIBYTE
                 facts["vision_cost"] = vision_cost(parallel, mode)
             model.zero_grad(set_to_none=True)
         values = torch.tensor(list(facts.values()), dtype=torch.float64, device=self.device)

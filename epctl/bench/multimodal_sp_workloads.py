@@ -108,8 +108,10 @@ def _qwen(size: Size, family: str) -> Any:
     }
     text = _text(size) | {"rope_parameters": _rope(size)}
     if family == "Qwen2.5-VL":
-        every_fourth = list(range(3, size.layers, 4))
-        vision |= {"window_size": 8 * PATCH, "fullatt_block_indexes": every_fourth}
+        # One layer in eight attends to whole images, as in the real 32; one in four of four.
+        step = min(8, size.layers)
+        whole = list(range(step - 1, size.layers, step))
+        vision |= {"window_size": 8 * PATCH, "fullatt_block_indexes": whole}
         return transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
     deep = {"deepstack_visual_indexes": [0, size.layers // 2], "num_position_embeddings": 2304}
     text |= {"head_dim": size.hidden // size.text_heads}

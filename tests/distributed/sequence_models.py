@@ -137,7 +137,7 @@ def qwen2_vl(**changes: Any) -> Any:
     return Qwen2VLConfig(vision_config=vision, text_config=text, **_qwen_ids())
 
 
-def qwen2_5_vl(**changes: Any) -> Any:
+def qwen2_5_vl(vision_changes: dict[str, Any] | None = None, **changes: Any) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     vision = {
@@ -149,6 +149,7 @@ def qwen2_5_vl(**changes: Any) -> Any:
         "window_size": 16,
         "fullatt_block_indexes": [1, 3],
         **PATCH,
+        **(vision_changes or {}),
     }
     text = TEXT | {"rope_parameters": MROPE} | changes
     return Qwen2_5_VLConfig(vision_config=vision, text_config=text, **_qwen_ids())

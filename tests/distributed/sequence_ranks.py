@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,16 +23,19 @@ import sequence_engine
 import torch
 import torch.distributed as dist
 from sequence_models import batch, build
+from sequence_spy import Spy, held
 from torch import Tensor, nn
 
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.chunked_loss import limit_logits
 from epctl.runtime.leave import leave
 from epctl.runtime.mesh import Mesh
-from epctl.runtime.sequence import attention, decoder, vision
+from epctl.runtime.sequence import attention, decoder, tower, units, vision
 from epctl.runtime.sequence import loss as loss_of
 from epctl.runtime.sequence.group import SequenceGroup, create_sequence_group
 from epctl.runtime.sequence.loss import IGNORED, shifted_targets
 from epctl.runtime.sequence.parallel import parallelize
+from epctl.runtime.sequence.route import ranges
 
 # Gradients below this share of the largest are zero but for rounding (a bias on keys: softmax does
 # not see it); they must stay as small.
@@ -138,6 +142,17 @@ def mutated(name: str | None) -> Iterator[None]:
             whole = vision.to_owners
             broken = lambda rows, *rest: whole(rows.detach(), *rest)  # noqa: E731
             stack.enter_context(mock.patch.object(vision, "to_owners", broken))
+        elif name == "tiles without gradient":
+            whole = units.TileShare._exchanged
+            broken = lambda self, state, *rest: whole(self, state.detach(), *rest)  # noqa: E731
+            stack.enter_context(mock.patch.object(units.TileShare, "_exchanged", broken))
+        elif name == "features in the tower's order":
+            broken = lambda self, offsets: ranges([(b - a) // 4 for a, b in pairwise(offsets)])  # noqa: E731
+            stack.enter_context(mock.patch.object(tower.TowerInputs, "held_tokens", broken))
+        elif name == "shapes of all images":
+            lengths = lambda self: [b - a for a, b in pairwise(self.frames)]  # noqa: E731
+            broken = lambda self, *own: list(zip(lengths(self), self.shapes, strict=True))  # noqa: E731
+            stack.enter_context(mock.patch.object(tower.TowerInputs, "own_shapes", broken))
         elif name == "heads without gradient":
             whole = attention.rows_to_heads
             broken = lambda q, k, *rest: whole(q, k.detach(), *rest)  # noqa: E731
@@ -165,12 +180,18 @@ def recompute(model: Any) -> None:
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     dtype = getattr(torch, case.get("dtype", "float32"))
     model = build(case["model"], dtype=dtype, **case.get("changes", {}))
+    if case.get("spy") == "unsharded":
+        with Spy() as spy:
+            unsharded(case, model)
+        return {"held": held(spy, model, samples(case)[0], 1)}
     expected_loss, expected = unsharded(case, model)
     if "ep" in case:
         sequence_engine.swap_experts(model, mesh_of(case))
         expected = sequence_engine.expected_here(expected, mesh_of(case))
     if case.get("checkpointing"):
         recompute(model)
+    if "logits_bytes" in case:
+        assert limit_logits(model, case["logits_bytes"]) is None
     parallel = parallelize(
         model,
         groups_of(case["sp"]),
@@ -178,7 +199,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         encoder_outputs=case.get("encoder_outputs"),
         vision_group=groups_of(dist.get_world_size()) if case.get("balance") else None,
     )
-    with mutated(case.get("mutation")):
+    parallel.group.traffic.reset()
+    spy = Spy()
+    with mutated(case.get("mutation")), spy if case.get("spy") else contextlib.nullcontext():
         loss, found = sharded(case, model)
     error, name = worst_error(found, expected)
     cuts = parallel.vision_cuts
@@ -190,13 +213,15 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "parameter": name,
         "level": None if cuts is None else cuts.level,
         "sizes": None if cuts is None else cuts.sizes,
+        "imbalance": None if cuts is None else cuts.imbalance,
         "exchanges": None if layout is None else layout.num_exchanges,
-        "bytes": parallel.group.traffic.num_bytes,
+        "bytes": dict(parallel.group.traffic.by_part),
+        "held": held(spy, model, samples(case)[0], case["sp"]) if case.get("spy") else None,
     }
 
 
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
-    seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
+    seams.initialize_distributed("cpu", datetime.timedelta(minutes=5))
     torch.set_num_threads(1)
     results = {}
     for case in cases:

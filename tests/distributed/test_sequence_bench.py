@@ -58,6 +58,27 @@ def test_aligned_cuts_send_less_and_keep_half(result: tuple[dict[str, Any], str,
     assert rows["gcs"]["encoder_mib"] > 1.2 * rows["aligned"]["encoder_mib"]
 
 
+def test_more_ranks_are_simulated_from_this_run_and_marked(
+    result: tuple[dict[str, Any], str, Path],
+) -> None:
+    document, text, _ = result
+    assert "* is a simulation" in text
+    for one in document["scaling"]:
+        sources = {point["ranks"]: point["source"] for point in one["points"]}
+        assert sources == {1: "measured", 2: "measured"} | dict.fromkeys(
+            (4, 8, 16, 32, 64), "simulated"
+        )
+        assert 0 < one["rates"]["tower_share"] < 1
+        assert one["rates"]["bytes_per_second"] > 0
+        row = rows_of(document, one["workload"])["aligned"]
+        two = one["points"][1]
+        # The bytes that the simulation counts are those that were sent, up to features that
+        # happened to be made where they were needed.
+        assert row["moved_mib"] <= two["sent_mib"] * 1.01 <= row["moved_mib"] * 1.2
+    fewer = rows_of(document, "one large image")
+    assert fewer["aligned"]["tower_moved_mib"] <= fewer["ulysses"]["tower_moved_mib"] / 3.5
+
+
 def test_deepspeed_is_shown_with_its_error_and_gets_no_number(
     result: tuple[dict[str, Any], str, Path],
 ) -> None:

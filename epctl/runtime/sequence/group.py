@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,15 +15,26 @@ from epctl.runtime.mesh import validate_sequence_parallel
 
 @dataclass
 class Traffic:
-    """Bytes this rank sent to others, counted where they are sent; backward mirrors forward."""
+    """Bytes this rank sent to others, counted where they are sent; backward mirrors forward.
 
-    num_bytes: int = 0
+    `by_part` has those of the decoder's and the tower's attention, of pixels and of features.
+    """
 
-    def count(self, rows: Tensor, sent: list[int], rank: int) -> None:
+    by_part: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.by_part.values())
+
+    def reset(self) -> None:
+        self.by_part.clear()
+
+    def count(self, rows: Tensor, sent: list[int], rank: int, part: str) -> None:
         width = rows[0].numel() if len(rows) else 0
         elsewhere = sum(sent) - sent[rank]
         passes = 2 if rows.requires_grad else 1
-        self.num_bytes += passes * elsewhere * width * rows.element_size()
+        num_bytes = passes * elsewhere * width * rows.element_size()
+        self.by_part[part] = self.by_part.get(part, 0) + num_bytes
 
 
 @dataclass
@@ -34,6 +45,11 @@ class SequenceGroup:
     size: int = 1
     group: dist.ProcessGroup | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    part: str = "decoder"
+
+    def of(self, part: str) -> SequenceGroup:
+        """Returns the same ranks, their bytes counted under `part`."""
+        return replace(self, part=part)
 
     def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Sends `sent[r]` leading rows to each rank r in turn; differentiable.
@@ -41,7 +57,7 @@ class SequenceGroup:
         Returns the rows received, in the order of their source ranks.
         """
         assert self.group is not None
-        self.traffic.count(rows, sent, self.rank)
+        self.traffic.count(rows, sent, self.rank, self.part)
         return exchange_rows(rows, RowSplits(sent, received, self.group))
 
     def gather_counts(self, count: int, device: torch.device) -> list[int]:

@@ -159,7 +159,10 @@ class ShardedVision:
             [o + p * ranks_a_place for p, place in enumerate(places) for o in place.owners]
         )
         own_VLD = to_owners(
-            features_LTD.transpose(0, 1), inputs.held_tokens(offsets), owners_V, self.group
+            features_LTD.transpose(0, 1),
+            inputs.held_tokens(offsets),
+            owners_V,
+            self.group.of("features"),
         )
         return self._by_modality(output, own_VLD.transpose(0, 1), visuals)
 
@@ -205,7 +208,7 @@ class ShardedVision:
             starts = [sum(p.num_rows for p in places[:n]) for n in range(len(places) + 1)]
             size = self.group.size // self.samples
             every = [rows.cpu() for rows in wanted]
-            pixels_R = fetch_rows(pixels_S.flatten(1), every, starts, size, self.group)
+            pixels_R = fetch_rows(pixels_S.flatten(1), every, starts, size, self.group.of("pixels"))
             pixels_R = pixels_R.view(-1, *dummy.shape[1:])
         return pixels_R if len(pixels_R) else dummy
 
@@ -225,7 +228,9 @@ class ShardedVision:
             return features(pixels_R, grid, **options, return_dict=True)
         assert self.cuts is not None
         always = self.strategy == "ulysses"
-        self.layout = VisionLayout(self.group, self.cuts.offsets, inputs.segments(), always)
+        self.layout = VisionLayout(
+            self.group.of("tower"), self.cuts.offsets, inputs.segments(), always
+        )
         self.shapes = inputs.own_shapes(*own)
         output = features(
             pixels_R,
@@ -303,7 +308,9 @@ class ShardedVision:
         rows_TD = rows_TD if last > first else rows_TD[:0]
         totals = self.group.gather_counts(len(rows_TD), rows_TD.device)
         check_counts(modality, sum(totals), len(visuals.owners_V))
-        own_VLD = to_owners(rows_TD[:, None], ranges(totals), visuals.owners_V, self.group)
+        own_VLD = to_owners(
+            rows_TD[:, None], ranges(totals), visuals.owners_V, self.group.of("features")
+        )
         return _with_features(output, own_VLD.transpose(0, 1))
 
     def _cut_units(self, units: Units) -> tuple[tuple[int, ...], TileShare | None]:
@@ -323,12 +330,14 @@ class ShardedVision:
         self.cuts = Cuts("tile", tile_cuts, tuple(float(b - a) for a, b in pairwise(tile_cuts)))
         if alone:
             if self.strategy == "ulysses":
-                self.layout = VisionLayout(self.group, tile_cuts, {}, always_exchange=True)
+                self.layout = VisionLayout(
+                    self.group.of("tower"), tile_cuts, {}, always_exchange=True
+                )
             return tile_cuts, None
         if size == 1 or self.strategy == "units" or by_unit.imbalance <= BALANCED:
             self.cuts = by_unit
             return unit_cuts, None
-        return unit_cuts, TileShare(units, tile_cuts, unit_cuts, self.group)
+        return unit_cuts, TileShare(units, tile_cuts, unit_cuts, self.group.of("tower"))
 
     def _by_modality(
         self, output: Any, own_LVD: Tensor, visuals: Sequence[Visuals]
