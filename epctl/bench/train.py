@@ -280,7 +280,7 @@ def _document(run: _Run) -> Result:
         "recompute": sizes.recompute,
         "steps": sizes.steps,
         "rounds": sizes.rounds,
-        "precision": "bfloat16" if run.device == "cuda" else "float32",
+        "precision": "bfloat16" if run.cases[0].bfloat16 else "float32",
         "matmul_tflops": rate,
         "vendor_tflops": vendor / 1e12 if vendor else None,
         "flops_formula": FORMULA,

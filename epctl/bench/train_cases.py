@@ -24,14 +24,15 @@ OPTIMIZERS = ("muon", "adamw")
 OWN = "epctl"
 # Both engines' AdamW at once: no decay that only one of them leaves out for norms, no schedule.
 FIXED: Mapping[str, Any] = {
+    "optim.lr": None,  # by precision, below
     "optim.weight_decay": 0.0,
     "optim.schedule": "constant",
     "optim.warmup_steps": 0,
     "train.steps": 100_000,
     "run.save": False,
 }
-# Small enough that bfloat16 engines stay together for some steps.
-LEARNING_RATE: Mapping[Device, float] = {"cpu": 1e-3, "cuda": 1e-5}
+# By whether a run is in bfloat16: small enough there that engines stay together for some steps.
+LEARNING_RATE: Mapping[bool, float] = {False: 1e-3, True: 1e-5}
 # As `--check`: float32, so that only rounding of sums is left.
 GATE_FLAGS: Mapping[str, Any] = {"train.precision": "float32", "check.steps": 2}
 # AdamW's first steps go by the sign of a gradient, however small: rounding is all of some updates.
@@ -65,6 +66,7 @@ class Case:
     ep: int
     zero: int
     optim: str
+    bfloat16: bool
     config: RunConfig
     gate_config: RunConfig
 
@@ -84,6 +86,7 @@ class Case:
             "key": self.key,
             "config": self.config.model_dump(),
             "gate_config": self.gate_config.model_dump(),
+            "bfloat16": self.bfloat16,
         }
 
 
@@ -118,11 +121,16 @@ def make_cases(
         raise ConfigError(f"expert parallel size {ep} on {max(counts)} ranks cannot be")
     moe = model.layout.moe
     assert moe is not None
+    given = resolve_config(settings=list(settings), flags={})
+    bfloat16 = given.config.train.uses_bfloat16(device)
     cases = []
     for num_ranks, zero, optim in itertools.product(counts, stages, optimizers):
         size = num_ranks if ep is None else min(ep, num_ranks)
         validate_expert_parallel(size, num_ranks, moe.num_experts)
         flags = {**FIXED, **_flags(device, sizes, size, zero, optim)}
+        for key in given.given().keys() & flags.keys():
+            raise ConfigError(f"`--set {key}`: `epctl bench train` or a flag of it decides that")
+        flags["optim.lr"] = LEARNING_RATE[bfloat16]
         gate = {
             **flags,
             **GATE_FLAGS,
@@ -130,9 +138,8 @@ def make_cases(
             "train.sequence_length": sizes.gate_length,
             "train.micro_batch_size": sizes.gate_rows,
         }
-        config = _resolved(flags, settings)
-        case = Case(num_ranks, size, zero, optim, config, _resolved(gate, settings))
-        cases.append(case)
+        configs = (_resolved(flags, settings), _resolved(gate, settings))
+        cases.append(Case(num_ranks, size, zero, optim, bfloat16, *configs))
     return cases
 
 
@@ -142,7 +149,6 @@ def _flags(device: Device, sizes: Sizes, ep: int, zero: int, optim: str) -> dict
         "parallel.zero": zero,
         "parallel.device": device,
         "optim.name": optim,
-        "optim.lr": LEARNING_RATE[device],
         "train.sequence_length": sizes.sequence_length,
         "train.micro_batch_size": sizes.micro_batch,
         "train.activation_checkpointing": sizes.recompute,
@@ -150,12 +156,6 @@ def _flags(device: Device, sizes: Sizes, ep: int, zero: int, optim: str) -> dict
 
 
 def _resolved(flags: Mapping[str, Any], settings: Sequence[str]) -> RunConfig:
-    given = resolve_config(settings=list(settings), flags={})
-    for key in given.given():
-        if key in flags:
-            raise ConfigError(
-                f"`--set {key}` is decided by `epctl bench train` itself or by a flag"
-            )
     return resolve_config(settings=list(settings), flags=flags).config
 
 

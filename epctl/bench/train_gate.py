@@ -1,7 +1,7 @@
 """The gate of `epctl bench train`: losses, norms, choices and weights against the whole model.
 
 The comparison of `epctl train --check` (runtime/check.py): transformers' own blocks on one rank in
-float32. On GPUs the losses of the bfloat16 engine are held against the same reference, too.
+float32. Where bfloat16 is timed, that engine's losses are held against the same reference, too.
 """
 
 from __future__ import annotations
@@ -70,13 +70,19 @@ class OneBatch(RandomTokens):
 
 
 def run_gate(
-    values: Mapping[str, Any], config: RunConfig, device: torch.device, folder: Path
+    values: Mapping[str, Any],
+    config: RunConfig,
+    device: torch.device,
+    folder: Path,
+    *,
+    bfloat16: bool,
 ) -> dict[str, Any]:
     """Returns the report of rank 0: `ok`, the worst row and the errors. A collective.
 
     Args:
         values: config.json of the model, at the gate's depth.
         config: a case's settings in float32.
+        bfloat16: the case itself is timed in bfloat16.
     """
     mesh = seams.create_mesh(config.parallel.ep)
     model = training_model(values, config.train.seed)
@@ -86,7 +92,7 @@ def run_gate(
     events = EventLog(folder, mesh.rank)
     document: Any = compare_asked(config, mesh, model, data, device, events, folder, reference)
     events.close()
-    losses = _bfloat16_losses(values, config, device, data)
+    losses = _bfloat16_losses(values, config, device, data) if bfloat16 else []
     report = [_summary(document, reference, losses) if reference is not None else {}]
     dist.broadcast_object_list(report, src=0, device=device)
     return report[0]
@@ -102,9 +108,7 @@ def training_model(values: Mapping[str, Any], seed: int) -> TrainingModel:
 def _bfloat16_losses(
     values: Mapping[str, Any], config: RunConfig, device: torch.device, data: OneBatch
 ) -> list[float]:
-    """Returns the losses of the engine that will be timed; none on a CPU, where it is float32."""
-    if device.type == "cpu":
-        return []
+    """Returns the losses of the gate's steps in bfloat16."""
     timed = config.train.model_copy(update={"precision": "bfloat16"})
     config = config.model_copy(update={"train": timed})
     trainee = open_epctl(Order(values, config, device))

@@ -94,10 +94,12 @@ class Ranks:
 
     def _gate(self, key: str) -> None:
         self.write(begin=["gate", key])
-        config = RunConfig.model_validate(self.cases[key]["gate_config"])
+        case = self.cases[key]
+        config = RunConfig.model_validate(case["gate_config"])
         folder = self.folder / f"gate-{self.settings['gates'].index(key)}"
         folder.mkdir(exist_ok=True)
-        report = run_gate(self.settings["gate_values"], config, self.device, folder)
+        values = self.settings["gate_values"]
+        report = run_gate(values, config, self.device, folder, bfloat16=case["bfloat16"])
         _let_go(self.device)
         if self.rank == 0:  # it holds a copy of the weights
             shutil.rmtree(folder)

@@ -25,15 +25,14 @@ COLUMNS = (
     ("MFU", "mfu"),
     ("peak\nGiB", "peak_gib"),
     ("fore-\nseen", "memory_error"),
-    ("speed\nx AutoEP", "speed_over_deepspeed"),
-    ("memory\nx AutoEP", "memory_over_deepspeed"),
-    ("speed\nx transf.", "speed_over_transformers"),
-    ("memory\nx transf.", "memory_over_transformers"),
-    ("speed a\nrank x 1", "scaling"),
+    ("x AutoEP\nspeed mem", "speed_over_deepspeed"),
+    ("x transf.\nspeed mem", "speed_over_transformers"),
+    ("x fewest\nranks", "scaling"),
 )
 LEFT = ("optim", "routing", "implementation")
-PERCENT = ("mfu",)
-RATIO = ("speed_over", "memory_over", "scaling")
+FORMS = {"mfu": "{:.1%}", "tflops": "{:.3g}", "memory_error": "{:+.0%}", "scaling": "{:.2f}"}
+# In the title where they are the same in all rows.
+CONSTANT = {"ranks": "ranks", "ep": "EP"}
 PARTS = {
     "optimizer": "tab:green",
     "compute": "tab:blue",
@@ -62,7 +61,11 @@ def _rows(result: Result) -> Table:
     shown = Table(title=_title(result), title_justify="left", box=box.SIMPLE_HEAD,
                   padding=(0, 0, 0, 1))  # fmt: skip
     measured = [row for row in result["rows"] if "failed" not in row]
-    columns = [(t, key) for t, key in COLUMNS if any(key in row for row in measured)]
+    columns = [
+        (title, key)
+        for title, key in COLUMNS
+        if any(key in row for row in measured) and key not in _constants(measured)
+    ]
     for title, key in columns:
         shown.add_column(title, justify="left" if key in LEFT else "right", no_wrap=True)
     last: Any = None
@@ -71,32 +74,41 @@ def _rows(result: Result) -> Table:
         if last not in (None, case):
             shown.add_section()
         last = case
-        shown.add_row(*(_cell(key, row.get(key)) for _, key in columns))
+        shown.add_row(*(_cell(key, row) for _, key in columns))
     return shown
+
+
+def _constants(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns what all rows share, as the title says it."""
+    return {
+        key: f"{name} {rows[0][key]}"
+        for key, name in CONSTANT.items()
+        if len({row[key] for row in rows}) == 1
+    }
 
 
 def _title(result: Result) -> str:
     machine = result["machine"]
+    shared = _constants([row for row in result["rows"] if "failed" not in row])
     return (
         f"{result['model']}, {result['layers']} layers, {result['micro_batch']} x "
         f"{result['sequence_length']} tokens a rank, recompute {result['recompute']}, "
-        f"{result['precision']};\n{machine['device']}, {machine['date']}"
+        f"{result['precision']};\n"
+        + ", ".join((*shared.values(), machine["device"], machine["date"]))
     )
 
 
-def _cell(key: str, value: Any) -> str:
+def _cell(key: str, row: dict[str, Any]) -> str:
+    value = row.get(key)
     if value is None:
         return ""
-    if key in PERCENT:
-        return f"{value:.1%}"
-    if key == "memory_error":
-        return f"{value:+.0%}"
-    if key.startswith(RATIO):
-        return f"{value:.2f}"
+    if key.startswith("speed_over_"):
+        return f"{value:.2f} {row[key.replace('speed', 'memory', 1)]:.2f}"
     if key == "tokens_per_second":
         half_range = (value["high"] - value["low"]) / 2 / value["median"]
         return f"{value['median']:,.0f} ±{half_range:.0%}"
-    return cell(value)
+    form = FORMS.get(key)
+    return form.format(value) if form else cell(value)
 
 
 def _failure(row: dict[str, Any]) -> str:
@@ -108,15 +120,20 @@ def _breakdown(result: Result) -> Table:
     from rich import box
     from rich.table import Table
 
-    shown = Table(title="where a step goes on rank 0, ms (what waits counts, what is hidden not)",
-                  title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fmt: skip
     rows = [row for row in result["rows"] if "breakdown_ms" in row]
+    title = (
+        f"where a step goes on rank 0, {rows[0]['routing']} routing, ms (what waits counts, what is "
+        "hidden not)"
+    )
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    shared = _constants(rows)
     shown.add_column("case")
     shown.add_column("of")
     for part in rows[0]["breakdown_ms"]:
         shown.add_column(part.replace(" and other collectives", ""), justify="right")
     for row in rows:
-        case = f"{row['ranks']} ranks, ZeRO-{row['zero']}, {row['optim']}, {row['routing']}"
+        ranks = "" if "ranks" in shared else f"{row['ranks']} ranks, "
+        case = f"{ranks}ZeRO-{row['zero']}, {row['optim']}"
         values = row["breakdown_ms"].values()
         whole = sum(values) or 1.0
         shown.add_row(case, row["implementation"], *(f"{v:,.1f} {v / whole:4.0%}" for v in values))

@@ -165,9 +165,10 @@ def test_cases_are_stages_times_optimizers_and_ep_follows_the_ranks() -> None:
 def test_a_setting_that_bench_decides_is_refused_and_others_are_taken() -> None:
     config = cases(settings=["optim.momentum_dtype=bfloat16"])[0].config
     assert config.optim.momentum_dtype == "bfloat16"
+    assert cases(settings=["train.precision=bfloat16"])[0].bfloat16
     for key in (*FIXED, "parallel.zero", "train.micro_batch_size"):
         value = "constant" if key == "optim.schedule" else "1"
-        with pytest.raises(ConfigError, match=r"decided by `epctl bench train`|boolean"):
+        with pytest.raises(ConfigError, match=r"a flag of it decides that|boolean"):
             cases(settings=[f"{key}={value}"])
 
 
