@@ -16,7 +16,7 @@ from epctl.errors import ConfigError, HubError, InputError, LayoutError
 from epctl.hub import parse_reference, resolve
 from epctl.hub_download import CODE_FILES, TOKENIZER_FILES, WEIGHT_FILES, download
 from epctl.layout.detect import detect
-from epctl.layout.model import ModelLayout
+from epctl.layout.model import ModelLayout, VisionLayout
 from epctl.layout.source import ModelSource
 
 FILE_NAME = "model.json"
@@ -85,11 +85,31 @@ def require_trainable(layout: ModelLayout) -> None:
             hint=f"`epctl inspect {layout.id}` shows what is known of it",
         )
     layout.require_trainable()
-    if layout.vision is not None and layout.decoder is None:
+    if layout.vision is not None:
+        _require_known_images(layout, layout.vision)
+
+
+def _require_known_images(layout: ModelLayout, vision: VisionLayout) -> None:
+    """Raises LayoutError unless images enter the model in the way that is trained."""
+    tower = vision.tower_prefix or "(top)"
+    if layout.decoder is None:
         raise LayoutError(
-            f"`{layout.id}` is a vision tower (`{layout.vision.tower_prefix or '(top)'}`) without "
-            "a decoder; `epctl train` trains on text that is said of images",
+            f"`{layout.id}` is a vision tower (`{tower}`) without a decoder; `epctl train` trains "
+            "on text that is said of images",
             hint="train a vision-language model that holds such a tower",
+        )
+    refused = [entry.reason for entry in layout.sequence_parallel if not entry.legal]
+    if refused:
+        raise LayoutError(
+            f"`{layout.id}` (model_type `{layout.model_type}`) is not trained on images: "
+            f"{refused[0]}",
+            hint=f"`epctl inspect {layout.id}` shows what is known of it",
+        )
+    if vision.temporal_patch_size is None:
+        raise LayoutError(
+            f"`{layout.id}`: its tower (`{tower}`) takes whole images or tiles; `epctl train` "
+            "takes models of packed patches, as the Qwen-VL kind",
+            hint="the library trains others: docs/sequence-parallel.md",
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from epctl.config import RunConfig
-from epctl.errors import InputError
+from epctl.errors import InputError, LayoutError
 from epctl.hub import read_local
 from epctl.launch.model_reference import LocalModel, require_trainable
 from epctl.layout.detect import detect
@@ -23,6 +23,7 @@ from epctl.runtime.build import meta_model
 from epctl.runtime.load import CheckpointWeights, leftover_tensors
 from epctl.runtime.moe_blocks import moe_layout
 from epctl.runtime.native_config import config_of, is_visual, text_config
+from epctl.runtime.sequence.detect import find_parts
 from epctl.runtime.visual_processor import (
     VisualProcessor,
     copy_processor,
@@ -134,8 +135,22 @@ def open_checkpoint(name: str, folder: Path | None, tokenizer: Any) -> TrainingM
     notes = [f"not read: {count} {reason}" for reason, count in dropped.items()]
     if source.config.get("output_router_logits"):
         notes.append("output_router_logits is off: there is no balancing loss")
-    visual = load_visual_processor(folder, config, tokenizer) if is_visual(config) else None
+    visual = None
+    if is_visual(config):
+        _require_known_parts(whole)
+        visual = load_visual_processor(folder, config, tokenizer)
     return TrainingModel(name, config, weights, tokenizer, layout.moe, notes=notes, visual=visual)
+
+
+def _require_known_parts(model: nn.Module) -> None:
+    """Raises LayoutError for a vision-language model that `sequence/` cannot run, at any `--sp`."""
+    try:
+        find_parts(model)
+    except LayoutError as error:
+        raise LayoutError(
+            f"{error.message}; one rank a sample trains vision-language models that way, too",
+            hint="docs/sequence-parallel.md lists the models that are known",
+        ) from None
 
 
 def load_tokenizer(folder: str, *, trust_remote_code: bool) -> Any:

@@ -141,8 +141,17 @@ class VisualProcessor:
         )
         metadata = SimpleNamespace(fps=fps, frames_indices=list(range(num_frames)))
         inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
-        text = borrowed.replace_video_token(inputs, 0)
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        try:
+            text = borrowed.replace_video_token(inputs, 0)
+        except AttributeError:
+            text = ""
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if ids.count(self.video_id) != self._num_tokens(grid):
+            raise LayoutError(
+                f"`{self.config.model_type}`: {self._class.__name__} does not write a clip as "
+                f"{self._num_tokens(grid)} video tokens; epctl trains this model on images only"
+            )
+        return ids
 
     def kinds(self, ids_S: Tensor) -> Tensor:
         """Returns what each token stands for: 0 text, 1 an image, 2 a clip."""

@@ -97,7 +97,7 @@ def write_chats(folder: Path, count: int = 24, video: bool = True) -> Path:
                 write_image(folder / f"clips/{n}/{f:03d}.png", 16, 24, n * 7 + f) for f in range(5)
             ]
             assert len(frames) == 5
-            clip = {"type": "video", "video": f"clips/{n}", "fps": 2.0}
+            clip = {"type": "video", "video": f"clips/{n}", "fps": 4.0}
             content = [clip, {"type": "text", "text": "and this?"}]
         elif n % 4 == 2:
             content = "no picture here " * 6  # fills a sequence by itself

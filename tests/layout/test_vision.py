@@ -3,6 +3,8 @@
 import pytest
 from stored import namings, source
 
+from epctl.errors import LayoutError
+from epctl.launch.model_reference import require_trainable
 from epctl.layout.catalog import catalog_source
 from epctl.layout.detect import detect
 
@@ -123,3 +125,21 @@ def test_width_of_qwen2_vl_is_the_towers_not_its_outputs():
 
 def test_text_only_model_has_no_vision():
     assert detect(published("mixtral")).vision is None
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_models_of_packed_patches_train(name):
+    require_trainable(detect(source(name, namings(name)[-1])))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("internvl", "takes whole images or tiles"),
+        ("gemma3", "image tokens attend to each other in both directions"),
+        ("siglip_vision_model", "without a decoder"),
+    ],
+)
+def test_other_images_are_refused_by_their_headers(name, reason):
+    with pytest.raises(LayoutError, match=reason):
+        require_trainable(detect(source(name, namings(name)[-1])))

@@ -137,3 +137,38 @@ def test_frames_of_unlike_sizes_are_refused(tmp_path: Path) -> None:
     given = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))]
     with pytest.raises(InputError, match=r"sizes \[\(8, 8\), \(8, 9\)\]"):
         VisualFiles(tmp_path).clip(given, None, "x", own_fps=None, fps=2.0, max_frames=9)
+
+
+def test_parquet_columns_of_images_are_kept_as_bytes(tmp_path: Path) -> None:
+    """As `datasets` writes them: an image column, content parts with a field of None."""
+    datasets = pytest.importorskip("datasets")
+    from epctl.runtime.data_files import find_records
+
+    rows = {
+        "images": [[Image.new("RGB", (6, 4), (n, 0, 0))] for n in range(2)],
+        "messages": [user([{**PART, "text": None}, {"type": "text", "text": "a"}])] * 2,
+    }
+    rows["messages"] = [[chat[0]] for chat in rows["messages"]]
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "messages": [
+                {
+                    "role": datasets.Value("string"),
+                    "content": [
+                        {"type": datasets.Value("string"), "text": datasets.Value("string")}
+                    ],
+                }
+            ],
+        }
+    )
+    path = tmp_path / "chats.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    files = VisualFiles(tmp_path / "run")
+    for number, (_, record) in enumerate(find_records([str(path)]).records()):
+        messages, (source,) = read_visuals(
+            record.values, record.values["messages"], Columns(), record.where
+        )
+        assert messages[0]["content"] == [PART, text("a")]
+        image = files.open(files.keep(source.value, record.folder, record.where))
+        assert image.getpixel((0, 0)) == (number, 0, 0)
