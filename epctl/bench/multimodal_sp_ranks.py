@@ -99,6 +99,7 @@ class Bench:
                 if not _is_green(found):
                     where = f"{workload.name}, {mode}, {size} ranks"
                     self.write(red=f"{where}: {_told(found)}")
+                    dist.barrier()  # nobody ends before it is written
                     raise SystemExit(7)
         self._peer(model, inputs, workload, loss, expected)
         return errors

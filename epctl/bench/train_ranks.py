@@ -105,6 +105,7 @@ class Ranks:
             shutil.rmtree(folder)
         if not report["ok"]:
             self.write(red=f"{key}: {report['worst']}")
+            dist.barrier()  # nobody ends before it is written
             raise SystemExit(RED)
         self.write(gate={"case": key, **report})
 

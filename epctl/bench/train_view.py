@@ -122,8 +122,8 @@ def _breakdown(result: Result) -> Table:
 
     rows = [row for row in result["rows"] if "breakdown_ms" in row]
     title = (
-        f"where a step goes on rank 0, {rows[0]['routing']} routing, ms (what waits counts, what is "
-        "hidden not)"
+        f"where a step goes on rank 0, {rows[0]['routing']} routing, ms "
+        "(what waits counts, what is hidden not)"
     )
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     shared = _constants(rows)
