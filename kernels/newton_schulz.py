@@ -111,6 +111,7 @@ def orthogonalize(
     products: Products | Literal["auto"] = "auto",
     use_graphs: bool = False,
     at_once: int | None = None,
+    tile: tuple[int, int, int, int, int] | None = None,
 ) -> Tensor:
     """Returns the approximate orthogonal polar factor of each matrix, float32, contiguous.
 
@@ -128,6 +129,7 @@ def orthogonalize(
         use_graphs: replay the iteration as a CUDA graph; no effect on a CPU.
         at_once: matrices that go through the iteration together; by default what
             `newton_schulz_chain.matrices_at_once` says.
+        tile: of symmetric products, fields of `symmetric.SymmetricTile`; by size by default.
 
     Raises:
         ValueError: unknown coefficients, or `gram` in bfloat16.
@@ -143,6 +145,7 @@ def orthogonalize(
         products=products,
         use_graphs=use_graphs,
         at_once=at_once,
+        tile=tile,
     )
     return work_BMN.float()
 
@@ -156,6 +159,7 @@ def orthogonalize_normal_(
     products: Products | Literal["auto"] = "auto",
     use_graphs: bool = False,
     at_once: int | None = None,
+    tile: tuple[int, int, int, int, int] | None = None,
 ) -> None:
     """Orthogonalises matrices of norm one (or zero) in place, in their own dtype; contiguous.
 
@@ -167,7 +171,7 @@ def orthogonalize_normal_(
         (num_rows, num_columns), x_BMN.device, x_BMN.dtype,
         num_steps=num_steps, method=method, products=products,
     )  # fmt: skip
-    chain = Chain(chosen.method, chosen.products, tuple(rows), at_once)
+    chain = Chain(chosen.method, chosen.products, tuple(rows), at_once, tile)
     iterate_(x_BMN, chain, use_graphs=use_graphs)
 
 

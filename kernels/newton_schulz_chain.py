@@ -6,6 +6,7 @@ workspace does not grow with the batch. Shape suffixes: see newton_schulz.py.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,13 +26,15 @@ NUM_SQUARES: dict[Iteration, int] = {"standard": 2, "gram": 4}
 class Chain(NamedTuple):
     """What is computed: the iteration, the implementation of its products, a row a step.
 
-    `at_once` overrides `matrices_at_once`.
+    `at_once` overrides `matrices_at_once`; `tile`, the first fields of a `symmetric.SymmetricTile`,
+    the symmetric products' own choice.
     """
 
     method: Iteration
     products: Products
     rows: tuple[tuple[float, float, float], ...]
     at_once: int | None = None
+    tile: tuple[int, int, int, int, int] | None = None
 
 
 class Workspace(NamedTuple):
@@ -128,7 +131,9 @@ def run_chain_(x_BMN: Tensor, chain: Chain, workspace: Workspace) -> None:
     tall = x_BMN.shape[-2] > x_BMN.shape[-1]
     x_BRL = x_BMN.mT if tall else x_BMN
     spare_BRL = workspace.spare_BMN.mT if tall else workspace.spare_BMN
-    product = symmetric_product if chain.products == "symmetric" else torch_product
+    product: Product = torch_product
+    if chain.products == "symmetric":
+        product = functools.partial(symmetric_product, tile=chain.tile)
     iterate = _gram if chain.method == "gram" else _standard
     result_BRL = iterate(x_BRL, spare_BRL, workspace.squares, chain.rows, product)
     if result_BRL is not x_BRL:
@@ -167,13 +172,15 @@ def symmetric_product(
     out: Tensor,
     shifted: Tensor | None = None,
     shift: float = 0.0,
+    tile: tuple[int, int, int, int, int] | None = None,
 ) -> None:
     """A `Product` that computes half of it, in Triton."""
-    from epctl.kernels.symmetric import symmetric_matmul
+    from epctl.kernels.symmetric import SymmetricTile, symmetric_matmul
 
     symmetric_matmul(
-        left, right, added, alpha=alpha, beta=beta, out=out, shifted=shifted, shift=shift
-    )
+        left, right, added, alpha=alpha, beta=beta, out=out, shifted=shifted, shift=shift,
+        tile=None if tile is None else SymmetricTile(*tile),
+    )  # fmt: skip
 
 
 Rows = tuple[tuple[float, float, float], ...]

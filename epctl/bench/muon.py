@@ -101,7 +101,10 @@ def measure(
     }
     repeats = (warm_up, rounds)
     if chosen.type == "cuda":
-        result["kernels_ready_s"] = seconds_until_ready(batches, chosen)
+        try:
+            result["kernels_ready_s"] = seconds_until_ready(batches, chosen)
+        except Exception as error:  # no default needs them yet
+            result["absent"]["epctl's Triton kernels"] = f"{type(error).__name__}: {error}"[:200]
     names = list(PEERS if peers is None else peers)
     for batch in batches:
         _measure_batch(result, batch, chosen, names, repeats)
@@ -117,9 +120,11 @@ def measure(
         from epctl.bench.muon_step_case import step_rows  # DeepSpeed: seconds to import
 
         out.note("whole optimizer step")
-        result["rows"] += step_rows(
+        rows, absent = step_rows(
             batches, chosen, ep if model else None, result["matmul_tflops"], repeats
         )
+        result["rows"] += rows
+        result["absent"] |= absent
     return result
 
 
@@ -147,14 +152,13 @@ def _measure_batch(
     for item in found:
         try:
             green[item.name] = gate(item, batch, device)
-        except GateError:
-            if item.own:
+        except Exception as error:  # a peer or candidate fails in its own way; the run goes on
+            if not item.candidate:
                 raise
-            result["absent"][item.name] = f"gate red at {batch.label}"
-        except Exception as error:  # a peer fails in its own way; the run goes on without it
-            if item.own:
-                raise
-            result["absent"][item.name] = f"{type(error).__name__}: {error}"[:200]
+            red = isinstance(error, GateError)
+            result["absent"][item.name] = (
+                f"gate red: {error}" if red else f"{type(error).__name__}: {error}"[:200]
+            )
     x_BMN = torch.randn(
         batch.num_measured, batch.num_rows, batch.num_columns, device=device,
         generator=torch.Generator(device).manual_seed(0),

@@ -31,21 +31,26 @@ def step_rows(
     ep: int | None,
     matmul_tflops: float,
     repeats: tuple[int, int],
-) -> list[dict[str, Any]]:
-    """Returns a row an implementation of Muon's passes and products that runs on `device`.
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Returns a row for torch's and for Triton's passes and products, and what cannot run.
 
     Args:
         ep: for the label; None without a model.
         matmul_tflops: the rate of the floor, which is the iteration alone, symmetric.
         repeats: warm-up calls and timed rounds.
     """
-    optimizers = {
-        f"epctl step, {kernels}": _optimizer(batches, device, kernels)
-        for kernels in (("torch", "triton") if device.type == "cuda" else ("torch",))
-    }
-    runs = {name: optimizer.step for name, optimizer in optimizers.items()}
-    for run in runs.values():
-        run()  # compiles and captures; what these allocate stays and is workspace too
+    runs: dict[str, Run] = {}
+    absent: dict[str, str] = {}
+    for kernels in ("torch", "triton"):
+        name = f"epctl step, {kernels}"
+        try:
+            optimizer = _optimizer(batches, device, kernels)
+            optimizer.step()  # compiles and captures; what these allocate stays
+            runs[name] = optimizer.step
+        except Exception as error:
+            if kernels == "torch":
+                raise
+            absent[name] = f"{type(error).__name__}: {error}"[:200]
     samples = sample_interleaved(
         runs, warm_up=repeats[0], rounds=repeats[1], clock=clock_of(device)
     )
@@ -70,7 +75,7 @@ def step_rows(
         if device.type == "cuda":
             row["peak_mib"] = _workspace(run)
         rows.append(row)
-    return rows
+    return rows, absent
 
 
 def _count(batch: MatrixBatch) -> int:

@@ -92,10 +92,29 @@ def test_the_whole_step_is_one_row_over_all_matrices() -> None:
     result = muon.measure(**TINY, peers=(), step=True)
     (row,) = [row for row in result["rows"] if row["batch"].startswith("step")]
     assert row["implementation"] == "epctl step, torch"
+    assert "'triton' cannot run on cpu" in result["absent"]["epctl step, triton"]
     assert (row["num_matrices"], row["num_parameters"]) == (3, 2 * 24 * 40 + 33 * 16)
     flops = 2 * iteration_flops("gram", 24, 40) + iteration_flops("gram", 33, 16)
     assert row["tflops"] * 1e9 * row["ms"]["median"] == pytest.approx(flops)
     muon.table(result)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "broken"])
+def test_a_candidate_that_fails_has_no_number_and_the_rest_has(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(x_BMN: torch.Tensor) -> torch.Tensor:
+        if fault == "broken":
+            raise RuntimeError("out of shared memory")
+        return orthogonalize(x_BMN) * 1.01
+
+    found, absent = muon_own.implementations(torch.device("cpu"), ())
+    candidate = muon_own.Implementation("new", run, "you", own=True)
+    monkeypatch.setattr(muon, "implementations", lambda *args: ([*found, candidate], absent))
+    result = muon.measure(**TINY, peers=())
+    assert {row["implementation"] for row in result["rows"]} == {item.name for item in found}
+    why = {"wrong": "gate red: new at 1x33x16", "broken": "RuntimeError: out of shared memory"}
+    assert why[fault] in result["absent"]["new"]
 
 
 def test_totals_weigh_each_shape_by_what_a_rank_owns() -> None:
@@ -121,7 +140,7 @@ def test_a_red_gate_gives_no_number(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_gate_is_the_polynomial_and_not_the_polar_factor() -> None:
     """A perfect polar factor is another function: its singular values are all one."""
-    exact = muon_own.Implementation("polar", _polar, "you", own=True)
+    exact = muon_own.Implementation("polar", _polar, "you", own=True, candidate=False)
     with pytest.raises(GateError, match="error_full_rank"):
         muon.gate(exact, MatrixBatch(1, 24, 40, 1), torch.device("cpu"))
     assert "you" in COEFFICIENTS
