@@ -114,11 +114,24 @@ def exchange_rows(
     Args:
         meanwhile: called while rows travel; its backward too runs while gradients travel back.
     """
-    travel = _Travel(splits)
-    started = _StartExchange.apply(rows, travel)  # type: ignore[no-untyped-call]
+    finish = start_exchange(rows, splits)
     if meanwhile is not None:
         meanwhile()
-    return cast(Tensor, _FinishExchange.apply(started, travel))  # type: ignore[no-untyped-call]
+    return finish()
+
+
+def start_exchange(rows: Tensor, splits: RowSplits) -> Callable[[], Tensor]:
+    """Sends rows on their way; what it returns waits for those that come, differentiable.
+
+    Backward goes the other way round: what was computed meanwhile goes back while gradients do.
+    """
+    travel = _Travel(splits)
+    started = _StartExchange.apply(rows, travel)  # type: ignore[no-untyped-call]
+
+    def finish() -> Tensor:
+        return cast(Tensor, _FinishExchange.apply(started, travel))  # type: ignore[no-untyped-call]
+
+    return finish
 
 
 class _ExchangeChoices(torch.autograd.Function):

@@ -154,9 +154,9 @@ def mutated(name: str | None) -> Iterator[None]:
             broken = lambda self, *own: list(zip(lengths(self), self.shapes, strict=True))  # noqa: E731
             stack.enter_context(mock.patch.object(tower.TowerInputs, "own_shapes", broken))
         elif name == "heads without gradient":
-            whole = attention.rows_to_heads
+            whole = attention.start_rows_to_heads
             broken = lambda q, k, *rest: whole(q, k.detach(), *rest)  # noqa: E731
-            stack.enter_context(mock.patch.object(attention, "rows_to_heads", broken))
+            stack.enter_context(mock.patch.object(attention, "start_rows_to_heads", broken))
         elif name == "labels cut before they are shifted":
             broken = lambda x, a, b: loss_of.shifted_targets(x[:, a:b]).contiguous()  # noqa: E731
             stack.enter_context(mock.patch.object(loss_of, "local_targets", broken))
@@ -201,6 +201,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     )
     parallel.group.traffic.reset()
     spy = Spy()
+    attention.OVERLAPPED_BYTES = 0 if case.get("overlap") else 2**24
     with mutated(case.get("mutation")), spy if case.get("spy") else contextlib.nullcontext():
         loss, found = sharded(case, model)
     error, name = worst_error(found, expected)

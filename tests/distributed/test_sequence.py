@@ -95,6 +95,18 @@ CASES = [
     case("glm4v", 2, images=[1, 4], balance=True, vision="units"),
     case("kimi_k25", 2, images=[4, 1], balance=True, zero=1),
     case("llama", 2, kind="padded", logits_bytes=600),
+    case("deepseek_v3", 2, kind="packed", overlap=True, checkpointing=True),
+    case(
+        "llama",
+        2,
+        kind="left",
+        overlap=True,
+        zero=3,
+        changes={"num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
+    case("qwen2_5_vl", 2, kind="video", overlap=True, checkpointing=True),
+    case("qwen3_vl", 2, images=[0, 3], vision="ulysses", overlap=True),
+    case("internvl", 2, vision="ulysses", images=1, kind="padded", overlap=True),
     case("qwen2_5_vl", 4, kind="padded", images=3, logits_bytes=600, checkpointing=True),
     case("mistral3", 2, logits_bytes=600),
 ]
@@ -118,6 +130,7 @@ MUTATIONS = [
     case("glm4v", 4, mutation="shapes of all images"),
     case("qwen3_vl", 1, images=[0, 4, 1, 0], balance=True, mutation="features without gradient"),
     case("llama", 4, mutation="heads without gradient"),
+    case("deepseek_v3", 2, overlap=True, mutation="heads without gradient"),
     case("llama", 2, mutation="labels cut before they are shifted"),
     case("llama", 2, mutation="positions not cut"),
 ]

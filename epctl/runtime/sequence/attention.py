@@ -21,13 +21,20 @@ from epctl.errors import LayoutError
 from epctl.runtime.sequence.attend import Rule, attend
 from epctl.runtime.sequence.cuts import is_local
 from epctl.runtime.sequence.documents import Intervals, of_offsets
-from epctl.runtime.sequence.exchange import gather_keys, heads_to_rows, rows_to_heads
+from epctl.runtime.sequence.exchange import (
+    gather_keys,
+    start_heads_to_rows,
+    start_rows_to_heads,
+)
 from epctl.runtime.sequence.group import SequenceGroup
-from epctl.runtime.sequence.heads import choose_method, place_heads
+from epctl.runtime.sequence.heads import choose_method, halves, place_heads
 
 DECODER_ATTENTION = "epctl_sequence"
 # Vision towers of the Qwen kind hand over a packed batch whole only if the name says flash.
 VISION_ATTENTION = "epctl_sequence_flash"
+# From so many bytes of queries, keys and values of all ranks on, a rank's heads go in two halves:
+# one attends while the other travels. Below, a second message costs more than it hides.
+OVERLAPPED_BYTES = 2**24
 
 
 @dataclass
@@ -195,12 +202,23 @@ def _sharded(
         k, v = gather_keys(k_BJRD, v_BJRD, sizes, group)
         return attend(q_BHRD, k, v, intervals, rule, first_query=offsets[group.rank])
     placement = place_heads(num_heads, num_kv_heads, group.size)
-    q, k, v = rows_to_heads(q_BHRD, k_BJRD, v_BJRD, sizes, placement, group)
-    pairs = placement.kv_of_query(group.rank, num_heads, num_kv_heads)
-    if pairs is not None and not _is_grouped(pairs):
-        index = torch.tensor(pairs, device=k.device)
-        k, v = k.index_select(1, index), v.index_select(1, index)
-    return heads_to_rows(attend(q, k, v, intervals, rule), sizes, placement, group)
+    row_bytes = (num_heads * dims[0] + num_kv_heads * sum(dims[1:])) * q_BHRD.element_size()
+    shares = [placement]
+    if len(q_BHRD) * sum(sizes) * row_bytes >= OVERLAPPED_BYTES:  # the same on every rank
+        shares = halves(placement, num_heads, num_kv_heads)
+    coming = [start_rows_to_heads(q_BHRD, k_BJRD, v_BJRD, sizes, share, group) for share in shares]
+    going = []
+    for share, arrive in zip(shares, coming, strict=True):
+        q, k, v = arrive()
+        pairs = share.kv_of_query(group.rank, num_heads, num_kv_heads)
+        if pairs is not None and not _is_grouped(pairs):
+            index = torch.tensor(pairs, device=k.device)
+            k, v = k.index_select(1, index), v.index_select(1, index)
+        out = attend(q, k, v, intervals, rule)
+        going.append(start_heads_to_rows(out, sizes, share, group))
+    # Of every rank the first share's heads, then the second's.
+    by_rank = zip(*[finish() for finish in going], strict=True)
+    return torch.cat([heads for of_rank in by_rank for heads in of_rank], dim=1)
 
 
 def _is_grouped(pairs: list[int]) -> bool:

@@ -9,7 +9,7 @@ Both are one uneven all-to-all of flat elements: no padding, and q, k, v of diff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,15 +34,15 @@ def gather_rows(rows_T: Tensor, sizes: Sequence[int], group: SequenceGroup) -> T
     return group.exchange(copies, [len(rows_T)] * group.size, list(sizes))
 
 
-def rows_to_heads(
+def start_rows_to_heads(
     q_BHRD: Tensor,
     k_BJRD: Tensor,
     v_BJRD: Tensor,
     sizes: Sequence[int],
     placement: HeadPlacement,
     group: SequenceGroup,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns this rank's heads of q, k and v over all rows, [B, P, S, D]."""
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """Sends rows on their way; what it returns gives this rank's heads over all, [B, P, S, D]."""
     packed, sent = [], []
     for query, kv in zip(placement.query, placement.kv, strict=True):
         parts = [_heads(q_BHRD, query), _heads(k_BJRD, kv), _heads(v_BJRD, kv)]
@@ -56,31 +56,40 @@ def rows_to_heads(
         num_kv * v_BJRD.shape[-1],
     ]
     received = [batch * size * sum(widths) for size in sizes]
-    flat = group.exchange(torch.cat(packed), sent, received)
-    pieces: list[list[Tensor]] = [[], [], []]
-    heads = (num_query, num_kv, num_kv)
-    for size, chunk in zip(sizes, torch.split(flat, received), strict=True):
-        parts_of_rank = torch.split(chunk, [batch * size * width for width in widths])
-        for place, part in enumerate(parts_of_rank):
-            head_size = widths[place] // max(1, heads[place])
-            pieces[place].append(part.view(batch, heads[place], size, head_size))
-    q, k, v = (torch.cat(piece, dim=2) for piece in pieces)
-    return q, k, v
+    arrive = group.start(torch.cat(packed), sent, received)
+
+    def finish() -> tuple[Tensor, Tensor, Tensor]:
+        pieces: list[list[Tensor]] = [[], [], []]
+        heads = (num_query, num_kv, num_kv)
+        for size, chunk in zip(sizes, torch.split(arrive(), received), strict=True):
+            parts_of_rank = torch.split(chunk, [batch * size * width for width in widths])
+            for place, part in enumerate(parts_of_rank):
+                head_size = widths[place] // max(1, heads[place])
+                pieces[place].append(part.view(batch, heads[place], size, head_size))
+        q, k, v = (torch.cat(piece, dim=2) for piece in pieces)
+        return q, k, v
+
+    return finish
 
 
-def heads_to_rows(
+def start_heads_to_rows(
     out_BPSD: Tensor, sizes: Sequence[int], placement: HeadPlacement, group: SequenceGroup
-) -> Tensor:
-    """Returns all heads of this rank's rows, [B, H, R, D]: the way back."""
+) -> Callable[[], list[Tensor]]:
+    """Sends heads on the way back; what it returns gives this rank's rows, [B, P of r, R, D].
+
+    A list of every rank r's heads, in the order of `placement`.
+    """
     batch, _, _, head_size = out_BPSD.shape
     parts = [part.reshape(-1) for part in torch.split(out_BPSD, list(sizes), dim=2)]
     num_rows = sizes[group.rank]
     received = [batch * len(heads) * num_rows * head_size for heads in placement.query]
-    flat = group.exchange(torch.cat(parts), [part.numel() for part in parts], received)
-    chunks = zip(placement.query, torch.split(flat, received), strict=True)
-    return torch.cat(
-        [chunk.view(batch, len(heads), num_rows, head_size) for heads, chunk in chunks], dim=1
-    )
+    arrive = group.start(torch.cat(parts), [part.numel() for part in parts], received)
+
+    def finish() -> list[Tensor]:
+        chunks = zip(placement.query, torch.split(arrive(), received), strict=True)
+        return [chunk.view(batch, len(heads), num_rows, head_size) for heads, chunk in chunks]
+
+    return finish
 
 
 def gather_keys(

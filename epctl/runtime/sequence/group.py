@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epctl.runtime.dispatch import RowSplits, exchange_rows
+from epctl.runtime.dispatch import RowSplits, start_exchange
 from epctl.runtime.mesh import validate_sequence_parallel
 
 
@@ -56,9 +57,13 @@ class SequenceGroup:
 
         Returns the rows received, in the order of their source ranks.
         """
+        return self.start(rows, sent, received)()
+
+    def start(self, rows: Tensor, sent: list[int], received: list[int]) -> Callable[[], Tensor]:
+        """Sends as `exchange` does; what it returns waits for the rows received."""
         assert self.group is not None
         self.traffic.count(rows, sent, self.rank, self.part)
-        return exchange_rows(rows, RowSplits(sent, received, self.group))
+        return start_exchange(rows, RowSplits(sent, received, self.group))
 
     def gather_counts(self, count: int, device: torch.device) -> list[int]:
         """Returns every rank's number. A collective with a host synchronisation."""

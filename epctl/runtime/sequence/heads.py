@@ -45,6 +45,27 @@ def place_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> HeadPlacem
     return HeadPlacement(query, kv)
 
 
+def halves(placement: HeadPlacement, num_heads: int, num_kv_heads: int) -> list[HeadPlacement]:
+    """Returns two shares of every rank's heads, to attend one while the other travels.
+
+    One share, the whole, if a rank has a single kv head: that would travel twice.
+    """
+    if min(map(len, placement.kv)) < 2:
+        return [placement]
+    group = num_heads // num_kv_heads
+    middles = [kv.start + len(kv) // 2 for kv in placement.kv]
+    ranks = list(zip(placement.query, placement.kv, middles, strict=True))
+    first = HeadPlacement(
+        tuple(range(query.start, middle * group) for query, _, middle in ranks),
+        tuple(range(kv.start, middle) for _, kv, middle in ranks),
+    )
+    second = HeadPlacement(
+        tuple(range(middle * group, query.stop) for query, _, middle in ranks),
+        tuple(range(middle, kv.stop) for _, kv, middle in ranks),
+    )
+    return [first, second]
+
+
 def elements_by_heads(
     placement: HeadPlacement, row_sizes: Sequence[int], dims: tuple[int, int, int]
 ) -> int:
