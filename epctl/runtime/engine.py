@@ -42,9 +42,15 @@ def create_engine(
     reason = limit_logits(model, int(config.train.logits_mib * 2**20))
     if reason is not None:
         warnings.warn(f"`train.logits_mib` is ignored: {reason}", stacklevel=2)
-    if config.parallel.sp > 1 or is_visual(getattr(model, "config", None)):
+    visual = is_visual(getattr(model, "config", None))
+    if config.parallel.share_images and not visual:
+        reason = "this model is not trained on images"
+        warnings.warn(f"`parallel.share_images` is ignored: {reason}", stacklevel=2)
+    if config.parallel.sp > 1 or visual:
         # Of images every rank must run the tower whatever its batch holds, also by itself.
-        parallelize(model, create_sequence_group(config.parallel.sp))
+        share = config.parallel.share_images and visual
+        everyone = create_sequence_group(dist.get_world_size()) if share else None
+        parallelize(model, create_sequence_group(config.parallel.sp), vision_group=everyone)
     if config.optim.name == "deepspeed-muon":
         return _create_deepspeed_muon(model, config, deepspeed_config)
     optimizers: list[MatrixOptimizer] = []

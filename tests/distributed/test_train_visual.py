@@ -29,6 +29,8 @@ def name_of(case: tuple[Any, ...]) -> str:
 
 
 RESUMED = name_of(CASES[5])
+# In these all ranks encode the images of all samples together.
+SHARED = [name_of(CASES[0]), name_of(CASES[6])]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for c in CASES
     ]
     for case in cases:
+        case["share_images"] = case["name"] in SHARED
         if case["name"] == RESUMED:
             case["then"] = {"sp": 1, "ep": 4, "zero": 1}
     return run_ranks("visual_ranks", 4, folder, str(chats), json.dumps(cases))

@@ -49,6 +49,7 @@ def config_of(case: dict[str, Any], chats: str) -> RunConfig:
         "data.held_out_share": 0.1,
         "parallel.ep": case.get("ep", 1),
         "parallel.sp": sp,
+        "parallel.share_images": case.get("share_images", False),
         "parallel.zero": case["zero"],
         "optim.name": case["optim"],
         "optim.lr": 2e-3,

@@ -109,7 +109,7 @@ class ShardedVision:
         if self.samples > 1 and (form != "packed" or self.strategy == "replicate"):
             raise LayoutError(
                 f"{name} takes {form}; work is shared among samples for packed rows that are cut",
-                hint="leave `vision_group` away: the ranks of each sample share its images",
+                hint="without `parallel.share_images` the ranks of each sample share its images",
             )
 
     def encode(self, visuals: Sequence[Visuals], options: dict[str, Any]) -> dict[str, Any]:
