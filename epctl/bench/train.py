@@ -7,6 +7,7 @@ through all cases and implementations. What runs in the ranks is in train_ranks.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
@@ -231,7 +232,7 @@ class _Run:
         elif "absent" in event:
             self.measured.absent[event["absent"]] = event["reason"]
         elif "visit" in event:
-            self.measured.take_visit(event["visit"])
+            self._tell(self.measured.take_visit(event["visit"]))
         elif "gate" in event:
             self.measured.gates[event["gate"]["case"]] = event["gate"]
         elif "over" in event:
@@ -239,6 +240,19 @@ class _Run:
             self.measured.is_over = True
         elif "rates" in event:
             self.measured.rates.append(event["rates"])
+
+    def _tell(self, visit: Visit) -> None:
+        """Says what a green implementation has reached so far."""
+        case = next(case for case in self.cases if case.key == visit.case)
+        so_far = dataclasses.replace(self.measured, absent=dict(self.measured.absent))
+        rate = self.measured.rates[-1]["matmul_tflops"]
+        for row in make_rows(self.model, self.device, [case], [*self.peers], so_far, rate, None):
+            if row["implementation"] == visit.implementation and "failed" not in row:
+                out.note(
+                    f"{visit.case}: {visit.implementation}, {row['routing']}: "
+                    f"{row['tokens_per_second']['median']:,.0f} tokens/s a rank, peak "
+                    f"{row['peak_gib']:.2f} GiB"
+                )
 
     def _fail(self, reason: str, peak: int | None) -> None:
         """Notes whose turn it was; the others' turns go on in new ranks."""

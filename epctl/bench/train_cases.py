@@ -36,7 +36,7 @@ LEARNING_RATE: Mapping[bool, float] = {False: 1e-3, True: 1e-5}
 # As `--check`: float32, so that only rounding of sums is left.
 GATE_FLAGS: Mapping[str, Any] = {"train.precision": "float32", "check.steps": 2}
 # AdamW's first steps go by the sign of a gradient, however small: rounding is all of some updates.
-GATE_RATES: Mapping[str, float] = {"muon": 1e-3, "adamw": 1e-4}
+GATE_RATES: Mapping[str, float] = {"muon": 1e-3, "adamw": 3e-5}
 
 
 class Sizes(NamedTuple):

@@ -40,9 +40,11 @@ class Measured:
     rates: list[dict[str, Any]] = field(default_factory=list)
     is_over: bool = False
 
-    def take_visit(self, event: dict[str, Any]) -> None:
+    def take_visit(self, event: dict[str, Any]) -> Visit:
+        """Keeps what a visit measured; returns whose it was."""
         visit = Visit(event["case"], event["implementation"], event["number"])
         self.visits[visit] = event
+        return visit
 
     def of(self, case: str, implementation: str) -> list[dict[str, Any]]:
         """Returns the visits of an implementation, in the order of their rounds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from epctl.bench import train
 from epctl.errors import GateError
+from epctl.output import set_mode
 
 pytestmark = pytest.mark.distributed
 
@@ -47,6 +49,7 @@ def test_every_implementation_is_gated_and_measured(result: Run) -> None:
         assert 0 < row["mfu"] < 1
     assert "gate against transformers' own model" in text
     assert "where a step goes on rank 0" in text
+    assert re.search(r"ZeRO-3, muon: deepspeed, balanced: [\d,]+ tokens/s a rank, peak", text)
     assert (folder / "t.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -77,13 +80,16 @@ def test_where_a_step_goes_adds_up(result: Run) -> None:
 
 
 def measure_with(fault: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
+    set_mode()  # notes are looked for; another test may have silenced them
     monkeypatch.setattr(train, "MODULE", "failing_bench_ranks")
     monkeypatch.setenv("EPCTL_TEST_FAULT", fault)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     return train.measure(device="cpu", layers=2, sequence_length=16, steps=1, **settings)
 
 
-def test_a_failed_engine_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_engine_is_a_row_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = measure_with(
         "engines", monkeypatch, zero=[2], optim=["adamw"], rounds=1, profile=False
     )
@@ -92,6 +98,9 @@ def test_a_failed_engine_is_a_row_and_the_others_go_on(monkeypatch: pytest.Monke
     reason, peak = rows["deepspeed", "-"]["failed"]
     assert reason.startswith("out of memory: Tried to allocate 20.00 GiB")
     assert peak.endswith(" at its peak")
+    said = capsys.readouterr().err
+    assert "epctl, natural: " in said
+    assert "transformers, natural: " not in said  # red: no number, not even on the way
     where = "transformers at 2 ranks, EP 2, ZeRO-2, adamw"
     assert document["absent"][where].startswith("gate red: a loss is ")
 
