@@ -22,10 +22,12 @@ from epctl.runtime.faults import reached
 from epctl.runtime.guards import StepGuard
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.profile import StepProfiler, profiled
+from epctl.runtime.read_ahead import ReadAhead
 from epctl.runtime.report import attention_facts, peak_memory
 from epctl.runtime.routing_report import routing_facts
 from epctl.runtime.run_settings import rows_per_step, tokens_per_step
 from epctl.runtime.stop_request import StopRequest
+from epctl.runtime.visual_rows import VisualData
 from epctl.runtime.watchdog import Watchdog
 
 PROMPT_TOKENS = 64
@@ -63,6 +65,7 @@ class TrainLoop:
         self.step = self.first_step
         self._interval = parse_interval(self.config.checkpoint.every)
         self._last_save = time.monotonic()
+        self._ahead: ReadAhead[list[Batch]] | None = None
 
     def begin_at(self, progress: Progress) -> None:
         """Goes on where a checkpoint stands."""
@@ -94,12 +97,20 @@ class TrainLoop:
     def _train_step(self, step: int) -> tuple[float, float]:
         self.enter("data", step + 1)
         reached("data")
-        batches = list(self.batches(step))
+        batches = self._step_batches(step)
         if self.guard is not None:
             self.guard.step = step + 1
         return train_step(
             self.engine, self.scheduler, batches, self.config, self.mesh, self.guard, self.enter
         )
+
+    def _step_batches(self, step: int) -> list[Batch]:
+        if not isinstance(self.data, VisualData):  # token ids lie in memory
+            return list(self.batches(step))
+        if self._ahead is None:
+            last_step = self.config.train.steps - 1
+            self._ahead = ReadAhead(lambda number: list(self.batches(number)), last_step)
+        return self._ahead.take(step)
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Tells the watchdog what this rank does from now on."""

@@ -9,7 +9,7 @@ import pytest
 from launch import run_ranks
 from visual_models import write_chats, write_visual_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 # (model, sp, ep, zero, optimizer, recomputation): pairwise.
 CASES = [
@@ -47,7 +47,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         case["share_images"] = case["name"] in SHARED
         if case["name"] == RESUMED:
             case["then"] = {"sp": 1, "ep": 4, "zero": 1}
-    return run_ranks("visual_ranks", 4, folder, str(chats), json.dumps(cases))
+    return run_ranks("visual_ranks", 4, folder, str(chats), json.dumps(cases), timeout=800)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

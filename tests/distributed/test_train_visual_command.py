@@ -12,7 +12,7 @@ import pytest
 from launch import rank_environment
 from visual_models import write_chats, write_visual_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 SMALL = [
     "--device=cpu",
@@ -40,7 +40,7 @@ def epctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # Another folder than the data's: its paths are relative to the data file.
     command = [sys.executable, "-m", "epctl", "train", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=280, env=environment, cwd=folder
+        command, capture_output=True, text=True, timeout=600, env=environment, cwd=folder
     )
 
 

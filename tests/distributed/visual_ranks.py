@@ -254,7 +254,7 @@ def data_of(
 
 
 def main(folder: Path, chats: str, cases: list[dict[str, Any]]) -> None:
-    seams.initialize_distributed("cpu", datetime.timedelta(seconds=120))
+    seams.initialize_distributed("cpu", datetime.timedelta(seconds=400))
     torch.set_num_threads(1)
     solo = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     plain: dict[tuple[str, str], Any] = {}
