@@ -55,7 +55,7 @@ def apply_update_(
     if num_elements == 0:
         return
     _apply_kernel[(triton.cdiv(num_elements, BLOCK),)](
-        weight_P, update_P, num_elements, 1 - rate * decay, rate, scale, BLOCK=BLOCK,
+        weight_P, update_P, num_elements, 1 - rate * decay, rate * scale, BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )  # fmt: skip
 
@@ -118,10 +118,10 @@ def _normalize_kernel(
 
 
 @triton.jit
-def _apply_kernel(weight_ptr, update_ptr, num_elements, kept, rate, scale, BLOCK: tl.constexpr):
+def _apply_kernel(weight_ptr, update_ptr, num_elements, kept, rate, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_elements
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     update = tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    weight = weight * kept - rate * (update * scale)
+    weight = weight * kept - rate * update
     tl.store(weight_ptr + at, weight.to(weight_ptr.dtype.element_ty), mask=inside)

@@ -113,7 +113,7 @@ PASSES = {
 }
 SCALARS = {
     "num_elements": "i64", "size": "i32", "num_spans": "i32",
-    "momentum": "fp32", "kept": "fp32", "rate": "fp32", "scale": "fp32",
+    "momentum": "fp32", "kept": "fp32", "rate": "fp32",
 }  # fmt: skip
 
 
