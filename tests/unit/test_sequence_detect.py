@@ -191,3 +191,43 @@ def test_placeholders_that_do_not_fit_their_images_are_refused_with_numbers() ->
         parallelize(model, SequenceGroup())
         with pytest.raises(InputError, match=rf"make {tokens} visual tokens, .* have 0"):
             model(**inputs)
+
+
+UNSAFE = {
+    "minimax_m3_vl": "frames attend to each other in",
+    "ernie4_5_vl_moe": "needs the grid of all images",
+    "lfm2_vl": "its images come with `spatial_shapes`",
+    "mllama": "has no `get_image_features`",
+}
+
+
+@pytest.mark.parametrize("kind", UNSAFE)
+def test_towers_of_other_kinds_are_refused_by_what_they_do(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(kind)
+    text = config.get_text_config()
+    text.num_hidden_layers = 2
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(text, name, None):
+            setattr(
+                text,
+                name,
+                ["full_attention"] * 2 if name == "layer_types" else getattr(text, name)[:2],
+            )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(LayoutError) as refused:
+        find_parts(model)
+    assert UNSAFE[kind] in str(refused.value)
+
+
+def test_what_comes_with_tiles_and_is_not_known_is_refused() -> None:
+    from epctl.runtime.sequence.units import units_of
+
+    parts = find_parts(build("internvl"))
+    with pytest.raises(InputError, match=r"tiles come with `pixel_mask` of shape \(2, 16\)"):
+        units_of(parts, torch.ones(2, 3, 16, 16), {"pixel_mask": torch.ones(2, 16)}, "image")
+    parts = find_parts(build("idefics3"))
+    with pytest.raises(InputError, match=r"images of shape \(2, 3, 16, 16\) are given with a mask"):
+        units_of(parts, torch.ones(2, 3, 16, 16), {}, "image")

@@ -29,7 +29,7 @@ KNOWN_OF_GRID = frozenset(
         "get_vision_frame_index",
     }
 )
-TAKEN_BY_TILES = frozenset({"self", "pixel_values", "args", "kwargs"})
+TAKEN = frozenset({"self", "pixel_values", "image_grid_thw", "image_sizes", "args", "kwargs"})
 TILES_OF_IMAGE = "image_size_to_num_patches"
 
 Form = Literal["packed", "tiles", "images", "batches"]
@@ -89,6 +89,8 @@ def find_parts(model: Any) -> Parts:
 
 def _find_encoder(model: Any) -> Encoder | None:
     if not hasattr(model, "get_image_features"):
+        if "pixel_values" in _parameters(model):
+            raise _refusal(model, "it takes images, but has no `get_image_features`")
         return None
     encoder = model.get_encoder(modality="image")
     if encoder is model:
@@ -100,6 +102,9 @@ def _find_encoder(model: Any) -> Encoder | None:
 def _form(model: Any, encoder: nn.Module) -> Form:
     """Tells the kinds of towers apart by what they are called with and what they call."""
     takes = feature_parameters(model)
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in TAKEN:
+            raise _refusal(model, f"its images come with `{name}`, which is not known")
     if "image_grid_thw" in takes:
         _check_packed(model, encoder)
         return "packed"
@@ -111,9 +116,6 @@ def _form(model: Any, encoder: nn.Module) -> Form:
         if not sized:
             num_tiles_function(model)
         return "images"
-    for name, parameter in takes.items():
-        if parameter.default is parameter.empty and name not in TAKEN_BY_TILES:
-            raise _refusal(model, f"its images come with `{name}`, which is not known")
     return "tiles"
 
 
@@ -149,6 +151,11 @@ def _check_packed(model: Any, encoder: nn.Module) -> None:
                 f"its tower {name} does not take positions and segments from outside "
                 f"(`{needed}` of transformers.vision_utils)",
             )
+    given = _keywords_in(inspect.unwrap(type(encoder).forward).__code__)
+    joined = "merge_temporal" in given and "get_vision_temporal_merge_index" not in used
+    if joined or "include_temporal" in given:
+        raise _refusal(model, f"frames attend to each other in {name}")
+    _check_around(model, encoder)
     for module in encoder.modules():
         derived = {n for n in called_names(module) if n.startswith("get_vision_")}
         unknown = sorted(derived - KNOWN_OF_GRID)
@@ -159,6 +166,15 @@ def _check_packed(model: Any, encoder: nn.Module) -> None:
         whole = {"grid_thw", "image_shapes"} & _parameters(module)
         handed_on = any("get_vision" in n for part in module.modules() for n in called_names(part))
         if whole and not handed_on and not takes_shapes(module):
+            raise _refusal(model, f"{type(module).__name__} needs the grid of all images")
+
+
+def _check_around(model: Any, encoder: nn.Module) -> None:
+    """Raises LayoutError if a part beside the tower and the models needs the grid: a resampler."""
+    known = {id(module) for module in encoder.modules()}
+    known |= {id(model), id(getattr(model, "base_model", model))}
+    for module in model.modules():
+        if id(module) not in known and {"grid_thw", "image_grid_thw"} & _parameters(module):
             raise _refusal(model, f"{type(module).__name__} needs the grid of all images")
 
 
@@ -244,6 +260,12 @@ def called_names(module: nn.Module, method: str = "forward") -> tuple[str, ...]:
     function = inspect.unwrap(getattr(type(module), method))
     code = getattr(function, "__code__", None)
     return _names_in(code) if code else ()
+
+
+def _keywords_in(code: CodeType) -> frozenset[str]:
+    """Returns the names of keyword arguments that a code gives in its calls."""
+    tuples = [part for part in code.co_consts if isinstance(part, tuple)]
+    return frozenset(name for part in tuples for name in part if isinstance(name, str))
 
 
 def _names_in(code: CodeType) -> tuple[str, ...]:

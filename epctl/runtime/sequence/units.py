@@ -90,6 +90,12 @@ def _tiles(parts: Parts, pixels: Tensor | None, options: dict[str, Any]) -> Unit
             f"images of shape {tuple(tiles.shape)} are given; sequence parallelism knows packed "
             "rows and [tiles, channels, height, width]"
         )
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            raise InputError(
+                f"tiles come with `{name}` of shape {tuple(value.shape)}, which sequence "
+                "parallelism does not know how to cut"
+            )
     model: Any = parts.model
 
     def call(own: Sequence[int], own_tiles: Tensor) -> tuple[Features, Any]:
@@ -102,6 +108,11 @@ def _tiles(parts: Parts, pixels: Tensor | None, options: dict[str, Any]) -> Unit
 def _batches(parts: Parts, pixels: Tensor | None, options: dict[str, Any]) -> Units:
     """[batch, images, C, H, W] with empty places, which the model recognises by their zeros."""
     mask = options.get("pixel_attention_mask") if pixels is not None else None
+    if pixels is not None and pixels.dim() != 5:
+        raise InputError(
+            f"images of shape {tuple(pixels.shape)} are given with a mask; sequence parallelism "
+            "knows [batch, images, channels, height, width]"
+        )
     tiles = blank(parts) if pixels is None else pixels.flatten(0, 1)
     used = (tiles != 0).flatten(1).any(dim=1)
     tiles = tiles[used]
