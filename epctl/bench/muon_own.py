@@ -78,7 +78,7 @@ def implementations(
     if device.type == "cuda":
         variants |= GPU_VARIANTS
     else:
-        absent |= dict.fromkeys(GPU_VARIANTS, "its Triton kernels need a GPU")
+        absent["epctl symmetric"] = "its Triton kernels need a GPU, and so do its graphs"
     found = [
         Implementation(
             name, functools.partial(_run_own, settings), "you", True, name not in VARIANTS
