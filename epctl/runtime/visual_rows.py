@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from epctl.errors import InputError
 from epctl.runtime.data_batch import Batch, PackedData
 from epctl.runtime.data_packing import IGNORED, Documents, Integers, PackedRows, Span
 from epctl.runtime.visual_encode import VisualLimits
@@ -65,15 +66,22 @@ class VisualReader:
     limits: VisualLimits
 
     def pixels(self, visual: StoredVisual) -> Pixels:
-        """Returns the rows of an image or clip, read from the disk now."""
+        """Returns the rows of an image or clip, read from the disk now.
+
+        Raises InputError if the file is not what it was when its tokens were counted.
+        """
         if visual.modality == "image":
             image = self.files.open(visual.files[0])
             found = self.processor.image(image, self.limits.max_pixels)
         else:
             frames = self.files.frames(visual.files, visual.frames)
             found = self.processor.clip(frames, self.limits.max_frame_pixels)
-        # A file that changed since it was counted would shift every token after it.
-        assert found.grid == visual.grid, (visual.files, found.grid, visual.grid)
+        if found.grid != visual.grid:
+            raise InputError(
+                f"`{visual.files[0]}` has changed: {found.grid} patches now (frames, height, "
+                f"width), {visual.grid} when its tokens were counted",
+                hint="put the old file back, or start a new run",
+            )
         return found
 
     def positions(self, ids_S: Tensor, visuals: Sequence[StoredVisual]) -> Tensor | None:

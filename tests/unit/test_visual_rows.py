@@ -22,7 +22,7 @@ from epctl.runtime.native_config import config_of
 from epctl.runtime.visual_encode import VisualChatEncoder, VisualLimits
 from epctl.runtime.visual_files import VisualFiles
 from epctl.runtime.visual_processor import VisualProcessor, load_visual_processor
-from epctl.runtime.visual_records import Columns
+from epctl.runtime.visual_records import Columns, StoredVisual
 from epctl.runtime.visual_rows import VisualData, VisualReader, usable_lengths, without_empty
 
 LENGTH = 157
@@ -144,6 +144,22 @@ def test_limits_are_refused_with_their_numbers(
     fewer = encoder_of(processor, tmp_path, max_pixels=256)
     visuals = [v for document in encode_all(fewer, chats) for v in document.visuals]
     assert max(16 * np.prod(v.grid) for v in visuals if v.modality == "image") <= 256
+
+
+def test_a_file_that_changed_after_it_was_counted_is_named(
+    processor: VisualProcessor, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    files, path = VisualFiles(tmp_path), tmp_path / "a.png"
+    grid = processor.image_grid(48, 32, None)
+    Image.new("RGB", (48, 32)).save(path)
+    reader = VisualReader(processor, files, VisualLimits(sequence_length=LENGTH))
+    visual = StoredVisual("image", (str(path),), (), grid, 0, 0)
+    assert reader.pixels(visual).grid == grid
+    Image.new("RGB", (96, 96)).save(path)
+    with pytest.raises(InputError, match=r"a\.png` has changed: .* patches now"):
+        reader.pixels(visual)
 
 
 @pytest.mark.parametrize(
