@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from epctl.config import DataSection
+from epctl.config_data import DataSection
 from epctl.errors import HubError, InputError
 from epctl.hub import PATIENT_CONNECT, connection_problem, endpoint, hub_home, offline
 from epctl.layout.remote import SILENCE_LIMIT, mapped_errors, with_retries

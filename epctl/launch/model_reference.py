@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from epctl.config import ModelSection
+from epctl.config_data import ModelSection
 from epctl.errors import ConfigError, HubError, InputError, LayoutError
 from epctl.hub import parse_reference, resolve
 from epctl.hub_download import CODE_FILES, TOKENIZER_FILES, WEIGHT_FILES, download

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from epctl.config import DataSection, RunConfig
+from epctl.config import RunConfig
+from epctl.config_data import DataSection
 from epctl.errors import ConfigError, InputError
 from epctl.launch.dataset_reference import PinnedDataset, read_datasets
 from epctl.runtime.data_batch import PackedData

@@ -12,7 +12,7 @@ import pytest
 from dataset_shards import shards
 from launch import ROOT, rank_environment, run_ranks
 
-from epctl.config import DataSection
+from epctl.config_data import DataSection
 from epctl.errors import InputError
 from epctl.launch.dataset_reference import (
     PinnedDataset,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_moonlight import write_tiny_moonlight
 
-from epctl.config import ModelSection
+from epctl.config_data import ModelSection
 from epctl.errors import HubError
 from epctl.launch.model_reference import LocalModel, fetch, open_reference
 
