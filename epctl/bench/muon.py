@@ -82,11 +82,7 @@ def measure(
         ResourceError: no GPU where one is needed.
         GateError: epctl's own result is off the polynomial.
     """
-    unknown = [name for name in peers or () if name not in PEERS]
-    if unknown:
-        raise ConfigError(f"peer {unknown[0]!r} is unknown; known: {', '.join(PEERS)}")
-    if rounds < 1:
-        raise ConfigError(f"rounds is {rounds}; it must be at least 1")
+    _check_asked(peers, rounds)
     batches = matrices_of_rank(model, ep) if model else parse_shapes(shapes or _default_shapes())
     chosen = choose_device(device, max(_flops(b, "torch") for b in batches), small=SMALL)
     dtype = iteration_dtype(chosen)
@@ -111,21 +107,45 @@ def measure(
     if model:
         result["totals"] = _totals(result)
     if products:
-        for batch in _of_each_size(batches):
-            out.note(f"{batch.label}: products")
-            rows, absent = product_rows(batch, chosen, result["matmul_tflops"], repeats)
-            result["rows"] += rows
-            result["absent"] |= absent
+        _add_products(result, batches, chosen, repeats)
     if step:
-        from epctl.bench.muon_step_case import step_rows  # DeepSpeed: seconds to import
+        _add_step(result, batches, chosen, repeats)
+    return result
 
-        out.note("whole optimizer step")
-        rows, absent = step_rows(
-            batches, chosen, ep if model else None, result["matmul_tflops"], repeats
-        )
+
+def _check_asked(peers: Sequence[str] | None, rounds: int) -> None:
+    unknown = [name for name in peers or () if name not in PEERS]
+    if unknown:
+        raise ConfigError(f"peer {unknown[0]!r} is unknown; known: {', '.join(PEERS)}")
+    if rounds < 1:
+        raise ConfigError(f"rounds is {rounds}; it must be at least 1")
+
+
+def _add_products(
+    result: Result,
+    batches: Sequence[MatrixBatch],
+    device: torch.device,
+    repeats: tuple[int, int],
+) -> None:
+    for batch in _of_each_size(batches):
+        out.note(f"{batch.label}: products")
+        rows, absent = product_rows(batch, device, result["matmul_tflops"], repeats)
         result["rows"] += rows
         result["absent"] |= absent
-    return result
+
+
+def _add_step(
+    result: Result,
+    batches: Sequence[MatrixBatch],
+    device: torch.device,
+    repeats: tuple[int, int],
+) -> None:
+    from epctl.bench.muon_step_case import step_rows  # DeepSpeed: seconds to import
+
+    out.note("whole optimizer step")
+    rows, absent = step_rows(batches, device, result["ep"], result["matmul_tflops"], repeats)
+    result["rows"] += rows
+    result["absent"] |= absent
 
 
 def _of_each_size(batches: Sequence[MatrixBatch]) -> list[MatrixBatch]:
