@@ -17,6 +17,7 @@ from epctl.errors import GateError, LaunchError
 from epctl.launch.command import rank_environment
 from epctl.launch.devices import Placement
 from epctl.launch.probe_run import free_port
+from epctl.launch.supervise import EventTail
 
 POLL_SECONDS = 0.2
 
@@ -37,13 +38,13 @@ def follow_ranks(
 
     Raises GateError for an event `red`, LaunchError with a failing rank's exit code or for silence.
     """
+    tail = EventTail(folder / "events.jsonl")  # before anybody writes
     ranks = _start(folder, device, num_ranks, settings, module)
-    position, heard = 0, time.monotonic()
+    heard = time.monotonic()
     try:
         while True:
             codes = [rank.poll() for rank in ranks]
-            events, position = _new_events(folder / "events.jsonl", position)
-            for event in events:
+            for event in tail:
                 heard = time.monotonic()
                 if "red" in event:
                     raise GateError(f"gate red: {event['red']}")
@@ -97,16 +98,6 @@ def _start(
             )
         processes.append(process)
     return processes
-
-
-def _new_events(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
-    if not path.exists():
-        return [], position
-    with path.open("rb") as file:
-        file.seek(position)
-        text = file.read()
-    complete = text[: text.rfind(b"\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()], position + len(complete)
 
 
 def _last_line(folder: Path, rank: int) -> str:

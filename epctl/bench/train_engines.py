@@ -25,7 +25,7 @@ from epctl.runtime.engine import create_engine, train_step
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.native_config import native_config
 from epctl.runtime.ranges import annotate
-from epctl.runtime.recompute import checkpoint_activations
+from epctl.runtime.recompute import checkpoint_activations, set_up_recomputation
 from epctl.runtime.weights import DeviceWeights
 
 # What DeepSpeed offers beside its defaults; its Triton kernels, so on GPUs only.
@@ -88,7 +88,10 @@ class Order:
             zero3_config=zero3,
             swap=swap,
         )
-        checkpoint_activations(model, self.config.train.activation_checkpointing)
+        if swap:
+            set_up_recomputation(model, self.config)
+        else:  # peers have none of epctl's experts
+            checkpoint_activations(model, self.config.train.activation_checkpointing)
         return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from epctl.launch.command import rank_environment
 from epctl.launch.devices import Placement
 from epctl.launch.probe import NUM_RANKS
+from epctl.launch.supervise import EventTail
 
 POLL_SECONDS = 0.1
 # Longest silence: imports at first, and one probe on a busy machine after that.
@@ -71,6 +70,7 @@ class _Launch:
     def __init__(self, folder: Path, hazard_ids: Sequence[str], module: str) -> None:
         self.folder = folder
         self.reason = ""
+        self._tail = EventTail(folder / "findings.jsonl")  # before anybody writes
         environment = rank_environment(Placement("cpu", NUM_RANKS, "probes"), os.environ) | {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
@@ -98,12 +98,11 @@ class _Launch:
         """Returns (results, the probe that was running when the ranks were lost or None)."""
         results: list[ProbeResult] = []
         running: str | None = None
-        position, heard = 0, time.monotonic()
+        heard = time.monotonic()
         try:
             while True:
                 ended = self._ended()
-                lines, position = self._new_lines(position)
-                for line in lines:
+                for line in self._tail:
                     heard = time.monotonic()
                     if "begin" in line:
                         running = line["begin"]
@@ -129,16 +128,6 @@ class _Launch:
         if silent:
             self.reason = f"nothing happened for {limit:.0f} s"
         return silent
-
-    def _new_lines(self, position: int) -> tuple[list[dict[str, Any]], int]:
-        path = self.folder / "findings.jsonl"
-        if not path.exists():
-            return [], position
-        with path.open("rb") as file:
-            file.seek(position)
-            text = file.read()
-        complete = text[: text.rfind(b"\n") + 1]
-        return [json.loads(line) for line in complete.splitlines()], position + len(complete)
 
     def _last(self, rank: int) -> str:
         text = (self.folder / f"rank-{rank}.log").read_text("utf-8", errors="replace")

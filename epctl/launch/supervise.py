@@ -27,7 +27,7 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class EventTail:
-    """Reads the lines that were appended to `metrics.jsonl` since the last look.
+    """Reads the lines of JSON that were appended to a file since the last look.
 
     What stands there at first, of a run that is resumed, was seen before.
     """

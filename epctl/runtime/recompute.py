@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from epctl.config import RunConfig
 from epctl.errors import ConfigError
 from epctl.runtime.deepspeed_seams import AutoEPMoELayer
 
@@ -45,6 +46,16 @@ def _contexts() -> tuple[Any, Any]:
 
 
 OPTIONS: dict[str, Any] = {"use_reentrant": False, "context_fn": _contexts}
+
+
+def set_up_recomputation(model: nn.Module, config: RunConfig) -> None:
+    """Makes backward recompute what a config says, of layers and of experts.
+
+    Raises ConfigError if the model has no such part.
+    """
+    checkpoint_activations(model, config.train.activation_checkpointing)
+    if config.moe.recompute == "activation":
+        recompute_expert_activations(model)
 
 
 def checkpoint_activations(model: nn.Module, mode: Mode) -> int:

@@ -34,7 +34,7 @@ from epctl.runtime.load import CheckpointWeights
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.profile import StepProfiler, require_steps_to_profile
 from epctl.runtime.ranges import watch_with_nvtx
-from epctl.runtime.recompute import checkpoint_activations, recompute_expert_activations
+from epctl.runtime.recompute import set_up_recomputation
 from epctl.runtime.report import max_over_ranks, peak_memory, plan_of
 from epctl.runtime.restart import Beginning, find_beginning, put_rejected_aside
 from epctl.runtime.resume import restore
@@ -224,9 +224,7 @@ def build(
         seconds = round(time.perf_counter() - started, 2)
         counts = vars(model.weights.counts)
         events.write("loaded", **counts, seconds=seconds, notes=model.notes)
-    checkpoint_activations(module, config.train.activation_checkpointing)
-    if config.moe.recompute == "activation":
-        recompute_expert_activations(module)
+    set_up_recomputation(module, config)
     return module, ds_config
 
 

@@ -26,7 +26,7 @@ from epctl.runtime.checkpoint import save_model
 from epctl.runtime.dispatch import Dispatched, dispatch
 from epctl.runtime.engine import create_engine, train_step
 from epctl.runtime.leave import leave
-from epctl.runtime.recompute import checkpoint_activations, recompute_expert_activations
+from epctl.runtime.recompute import set_up_recomputation
 from epctl.runtime.weights import RandomWeights
 
 NUM_STEPS = 4
@@ -80,6 +80,7 @@ def case_config(case: dict[str, Any], num_ranks: int) -> RunConfig:
         "train.micro_batch_size": GLOBAL_BATCH // num_ranks // accumulation,
         "train.gradient_accumulation_steps": accumulation,
         "moe.implementation": case.get("moe", "epctl"),
+        "train.activation_checkpointing": case.get("recompute", "none"),
         "moe.recompute": case.get("experts", "none"),
         "train.logits_mib": case.get("logits_mib"),
         **(BALANCE if case.get("balance") else {}),
@@ -114,9 +115,7 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         zero3_config=ds_config if config.parallel.zero == 3 and swap else None,
         swap=swap,
     )
-    checkpoint_activations(model, case.get("recompute", "none"))
-    if config.moe.recompute == "activation":
-        recompute_expert_activations(model)
+    set_up_recomputation(model, config)
     engine, _, scheduler = create_engine(model, config, ds_config)
     losses, norms = [], []
     for step in range(NUM_STEPS):

@@ -10,15 +10,16 @@ from parity_ranks import tiny_config
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from epctl.config import TrainSection
+from epctl.config import TrainSection, resolve_config
 from epctl.errors import ConfigError
 from epctl.runtime.build import build_model
 from epctl.runtime.mesh import Mesh
-from epctl.runtime.moe import Router
+from epctl.runtime.moe import LocalExperts, Router
 from epctl.runtime.recompute import (
     checkpoint_activations,
     recompute_expert_activations,
     recomputing,
+    set_up_recomputation,
 )
 from epctl.runtime.weights import RandomWeights
 
@@ -117,6 +118,16 @@ def test_experts_that_compute_their_activation_again_keep_less() -> None:
     # Gate, up and their product of every choice, in float32, in two layers.
     saved = 3 * NUM_TOKENS * TOP_K * 24 * 4 * 2
     assert kept_bytes("none", experts=True) <= kept_bytes("none") - saved
+
+
+def test_the_config_decides_for_layers_and_experts() -> None:
+    flags = {"train.activation_checkpointing": "attention", "moe.recompute": "activation"}
+    model = model_with("none")
+    set_up_recomputation(model, resolve_config(flags=flags).config)
+    parts = {type(m).__name__: "forward" in vars(m) for m in model.model.layers[1].children()}
+    assert parts["DeepseekV3Attention"]
+    assert not parts["DeepseekV3RMSNorm"]
+    assert all(m.recompute_activation for m in model.modules() if isinstance(m, LocalExperts))
 
 
 def test_models_without_our_experts_say_so() -> None:
