@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -144,3 +147,25 @@ def assert_matches() -> Callable[..., None]:
             )
 
     return check
+
+
+@pytest.fixture
+def run_in_interpreter() -> Callable[..., str]:
+    """Runs files' tests that need no GPU in Triton's interpreter; none may fail.
+
+    In a process of its own, because the interpreter is chosen when Triton is first imported.
+    Returns what pytest said.
+    """
+
+    def run(*files: str | Path) -> str:
+        completed = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", *map(str, files)],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert completed.returncode == 0, completed.stdout[-4000:]
+        return completed.stdout
+
+    return run

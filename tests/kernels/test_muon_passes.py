@@ -6,9 +6,7 @@ On a CPU in Triton's interpreter, by a run of its own.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,17 +33,9 @@ SIZES = [1, 7, 2047, 2048, 2049, 5000]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests below run on this GPU themselves")
 @pytest.mark.skipif(INTERPRETING, reason="already in the interpreter")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(run_in_interpreter: Callable[..., str]) -> None:
     pytest.importorskip("triton")
-    completed = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert completed.returncode == 0, completed.stdout[-4000:]
-    assert "passed" in completed.stdout
+    assert "passed" in run_in_interpreter(__file__)
 
 
 def random(device: torch.device, *shape: int, seed: int = 0) -> Tensor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,16 +37,8 @@ SIZES = [(1, 1, 1), (2, 7, 300), (3, 64, 64), (2, 63, 100), (1, 129, 65), (2, 20
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests below run on this GPU themselves")
 @pytest.mark.skipif(interpreting(), reason="already in the interpreter")
-def test_in_the_interpreter() -> None:
-    completed = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert completed.returncode == 0, completed.stdout[-4000:]
-    assert "passed" in completed.stdout
+def test_in_the_interpreter(run_in_interpreter: Callable[..., str]) -> None:
+    assert "passed" in run_in_interpreter(__file__)
 
 
 def random(device: torch.device, *sizes: int) -> Tensor:
