@@ -9,7 +9,7 @@ with restart (Zhang, Amsel, Chen, Dao, 2026).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def orthogonalize(
     products: Products | Literal["auto"] = "auto",
     use_graphs: bool = False,
     at_once: int | None = None,
-    tile: tuple[int, int, int, int, int] | None = None,
+    tile: tuple[Any, ...] | None = None,
 ) -> Tensor:
     """Returns the approximate orthogonal polar factor of each matrix, float32, contiguous.
 
@@ -159,7 +159,7 @@ def orthogonalize_normal_(
     products: Products | Literal["auto"] = "auto",
     use_graphs: bool = False,
     at_once: int | None = None,
-    tile: tuple[int, int, int, int, int] | None = None,
+    tile: tuple[Any, ...] | None = None,
 ) -> None:
     """Orthogonalises matrices of norm one (or zero) in place, in their own dtype; contiguous.
 

@@ -1,24 +1,25 @@
 """The chain of products of a Newton-Schulz iteration, on buffers of bounded size.
 
-A GPU takes a few matrices at a time: what their chain reads again stays in its L2 cache, and the
-workspace does not grow with the batch. Shape suffixes: see newton_schulz.py.
+A GPU takes some matrices at a time, so that the workspace does not grow with the batch. Shape
+suffixes: see newton_schulz.py.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from epctl.kernels.newton_schulz_cost import Iteration, Products, gram_segments
 
-# What of a GPU's L2 the square matrices of a chain may fill; an H100 and an H200 have 50 MB.
-CACHE_BYTES = 48 * 10**6
-# What a chain may write in all, unless a single matrix needs more. The library's products get as
-# large batches as they can: they stream through memory anyway, and few tiles leave processors idle.
-WORKSPACE_BYTES: dict[Products, int] = {"symmetric": 2**27, "torch": 2**29}
+# What a chain may write in all, unless a single matrix needs more. Large batches beat what stays in
+# L2: a launch of few tiles waits for its last one (benchmarks/muon_h100_202611.md).
+WORKSPACE_BYTES = 2**29
+# Below so many multiply-adds a product ends before the host has launched the next: those chains are
+# replayed as graphs. Above, a graph would only add two copies of the matrices.
+GRAPH_PRODUCTS = 2**35
 LARGEST_GRID = 2**15  # matrices of one launch
 NUM_SQUARES: dict[Iteration, int] = {"standard": 2, "gram": 4}
 
@@ -34,7 +35,7 @@ class Chain(NamedTuple):
     products: Products
     rows: tuple[tuple[float, float, float], ...]
     at_once: int | None = None
-    tile: tuple[int, int, int, int, int] | None = None
+    tile: tuple[Any, ...] | None = None
 
 
 class Workspace(NamedTuple):
@@ -71,12 +72,7 @@ def matrices_at_once(
     if chain.at_once is not None or device.type != "cuda":
         return chain.at_once
     each = workspace_bytes(shape, 1, chain.method, dtype, use_graphs=True)
-    at_once = min(WORKSPACE_BYTES[chain.products] // each, LARGEST_GRID)
-    if chain.products == "symmetric":
-        short = min(shape)
-        squares = NUM_SQUARES[chain.method] * short * short * dtype.itemsize
-        at_once = min(at_once, CACHE_BYTES // squares)
-    return max(1, at_once)
+    return max(1, min(WORKSPACE_BYTES // each, LARGEST_GRID))
 
 
 def workspace_bytes(
@@ -110,8 +106,8 @@ def iterate_(x_BMN: Tensor, chain: Chain, *, use_graphs: bool = False) -> None:
     if x_BMN.numel() == 0:
         return
     size = matrices_at_once((num_rows, num_columns), chain, x_BMN.dtype, x_BMN.device)
-    size = min(size or num_matrices, num_matrices)
-    if use_graphs and x_BMN.device.type == "cuda":
+    size = _even_parts(num_matrices, min(size or num_matrices, num_matrices))
+    if use_graphs and x_BMN.device.type == "cuda" and _is_short(size, num_rows, num_columns):
         from epctl.kernels.newton_schulz_graph import replay_
 
         replay_(x_BMN, chain, size)
@@ -119,6 +115,17 @@ def iterate_(x_BMN: Tensor, chain: Chain, *, use_graphs: bool = False) -> None:
     workspace = create_workspace(x_BMN[:size], chain.method)
     for part_BMN in torch.split(x_BMN, size):
         run_chain_(part_BMN, chain, _first(workspace, part_BMN.shape[0]))
+
+
+def _even_parts(num_matrices: int, most: int) -> int:
+    """Returns the size of parts that are as equal as can be, none larger than `most`."""
+    return -(-num_matrices // -(-num_matrices // most))
+
+
+def _is_short(num_matrices: int, num_rows: int, num_columns: int) -> bool:
+    """True if launching a product takes longer than computing it."""
+    short, long = sorted((num_rows, num_columns))
+    return num_matrices * short * short * long < GRAPH_PRODUCTS
 
 
 def _first(workspace: Workspace, num_matrices: int) -> Workspace:
@@ -172,7 +179,7 @@ def symmetric_product(
     out: Tensor,
     shifted: Tensor | None = None,
     shift: float = 0.0,
-    tile: tuple[int, int, int, int, int] | None = None,
+    tile: tuple[Any, ...] | None = None,
 ) -> None:
     """A `Product` that computes half of it, in Triton."""
     from epctl.kernels.symmetric import SymmetricTile, symmetric_matmul

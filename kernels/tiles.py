@@ -60,9 +60,9 @@ PRE_HOPPER = _same(Tile(128, 128, 32, num_warps=8, num_stages=3))
 PRE_HOPPER_FEW_ROWS = _same(Tile(64, 64, 32, num_warps=4, num_stages=3))
 
 HOPPER = TileTable(
-    gate_up=Tile(128, 128, 64, num_warps=8, num_stages=3),
+    gate_up=Tile(128, 128, 64, num_warps=8, num_stages=4, group_m=16),
     down=Tile(128, 256, 64, num_warps=8, num_stages=3),
-    down_backward=Tile(128, 128, 64, num_warps=8, num_stages=3),
+    down_backward=Tile(128, 128, 64, num_warps=8, num_stages=3, max_registers=128, slice_n=32),
     input_gradient=Tile(128, 256, 32, num_warps=8, num_stages=3),
     down_weight_gradient=Tile(256, 128, 64, num_warps=8, num_stages=3),
     gate_up_weight_gradient=Tile(128, 256, 64, num_warps=8, num_stages=3),

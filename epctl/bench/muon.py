@@ -290,7 +290,7 @@ def _peak(item: Implementation, x_BMN: Tensor) -> float:
     before = torch.cuda.memory_allocated()
     item.run(x_BMN)
     torch.cuda.synchronize()
-    held = shared_bytes() if item.name.startswith("epctl graphs") else 0
+    held = shared_bytes() if item.uses_graphs else 0
     return (torch.cuda.max_memory_allocated() - before + held) / MEBIBYTE
 
 

@@ -27,6 +27,7 @@ class Implementation(NamedTuple):
     Attributes:
         own: held to the bars of epctl's own.
         candidate: no default: if it is wrong or does not run, it has no number and the rest has.
+        uses_graphs: its graphs hold memory between calls.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Implementation(NamedTuple):
     coefficients: str
     own: bool
     candidate: bool = True
+    uses_graphs: bool = False
 
 
 # Settings of `own_iteration` by name; `epctl` is what the optimizer takes by itself.
@@ -44,18 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 TRITON: dict[str, Any] = {"products": "symmetric", "passes": "triton"}
 GRAPHS: dict[str, Any] = {**TRITON, "use_graphs": True}
-# Fields of kernels/symmetric.py::SymmetricTile: Triton is imported only where it runs.
-SQUARE_TILE = (128, 128, 64, 8, 4)
 GPU_VARIANTS: dict[str, dict[str, Any]] = {
-    "epctl symmetric": TRITON,
-    "epctl graphs": GRAPHS,
-    # How many matrices a chunk should have is between its cache and full waves of tiles: of an
-    # H100's 132 processors 3 x 36 tiles of 128 x 256 take 82 %, 11 x 36 all in three waves, and
-    # 2 x 66 of 128 x 128 all in one.
-    "epctl graphs, 7 at once": {**GRAPHS, "at_once": 7},
-    "epctl graphs, 11 at once": {**GRAPHS, "at_once": 11},
-    "epctl graphs, 2 at once, 128x128": {**GRAPHS, "at_once": 2, "tile": SQUARE_TILE},
-    "epctl graphs, 4 at once, 128x128": {**GRAPHS, "at_once": 4, "tile": SQUARE_TILE},
+    "epctl symmetric": GRAPHS,
+    "epctl symmetric, no graphs": TRITON,
     "epctl symmetric, all at once": {**TRITON, "at_once": 64},
     "epctl standard symmetric": {**GRAPHS, "method": "standard"},
 }
@@ -81,7 +74,12 @@ def implementations(
         absent["epctl symmetric"] = "its Triton kernels need a GPU, and so do its graphs"
     found = [
         Implementation(
-            name, functools.partial(_run_own, settings), "you", True, name not in VARIANTS
+            name,
+            functools.partial(_run_own, settings),
+            "you",
+            True,
+            name not in VARIANTS,
+            settings.get("use_graphs", False),
         )
         for name, settings in variants.items()
     ]
@@ -115,7 +113,7 @@ def seconds_until_ready(batches: Sequence[MatrixBatch], device: torch.device) ->
             for batch in batches:
                 shape = (batch.num_rows, batch.num_columns)
                 x_BMN = torch.ones(1, *shape, device=device)
-                own_iteration(x_BMN, **GPU_VARIANTS["epctl graphs"])
+                own_iteration(x_BMN, **GPU_VARIANTS["epctl symmetric"])
             flat = torch.ones(4096, device=device)
             mix_momentum_(flat, flat.clone(), 0.9, nesterov=True, implementation="triton")
             apply_update_(

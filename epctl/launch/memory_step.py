@@ -10,7 +10,7 @@ from epctl.launch.memory_state import LocalCounts, largest_step, local_counts
 from epctl.launch.memory_terms import Phase, Place, Term
 
 # Matrices orthogonalised at once (runtime/muon_exchange.py, DEFAULT_CHUNK_ELEMENTS).
-CHUNK_ELEMENTS = 2**25
+CHUNK_ELEMENTS = 47_000_000
 
 
 def step_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:

@@ -89,11 +89,11 @@ def test_workspace_of_moonlights_matrices_is_small() -> None:
             chain = Chain(method, products, ROWS)  # type: ignore[arg-type]
             size = chains.matrices_at_once(shape, chain, half, device)
             assert size
-            largest = 2**28 if products == "symmetric" else 2**29 + 2**12
+            largest = 2**29 + 2**12
             assert graphs.block_bytes(shape, size, chain.method, half) <= largest, shape
     chain = Chain("gram", "symmetric", ROWS)
     sizes = [chains.matrices_at_once(s, chain, half, device) for s in ((1408, 2048), (11264, 2048))]
-    assert sizes == [3, 1]
+    assert sizes == [19, 4]
     assert chains.matrices_at_once((64, 2048), chain, half, device) > 100  # type: ignore[operator]
     assert chains.matrices_at_once((1408, 2048), chain, half, torch.device("cpu")) is None
 
@@ -206,12 +206,28 @@ def test_products_are_counted_as_published() -> None:
 
 
 def test_torch_products_stay_until_both_are_measured() -> None:
-    chosen = choose_iteration(1408, 2048, H100)
+    half = {at: rates for at, rates in RATES.items() if at.products == "torch"}
+    chosen = choose_iteration(1408, 2048, H100, rates=half)
     assert (chosen.method, chosen.products) == ("standard", "torch")
     assert "symmetric not measured on NVIDIA H100" in chosen.reason
     assert "no GPU" in choose_iteration(1408, 2048, None).reason
     assert "torch and symmetric not measured" in choose_iteration(1408, 2048, "NVIDIA B200").reason
-    assert "torch and symmetric not measured" in choose_iteration(4096, 4096, H100).reason
+    assert "torch and symmetric not measured" in choose_iteration(8192, 8192, "NVIDIA H200").reason
+
+
+def test_measured_gpus_take_symmetric_products() -> None:
+    experts = choose_iteration(1408, 2048, "NVIDIA H200")
+    assert (experts.method, experts.products) == ("gram", "symmetric")
+
+
+def test_parts_are_equal() -> None:
+    assert [chains._even_parts(count, 19) for count in (64, 19, 20, 1)] == [16, 19, 10, 1]
+
+
+def test_graphs_are_for_products_that_end_before_the_next_is_launched() -> None:
+    assert chains._is_short(3, 576, 2048)
+    assert not chains._is_short(16, 1408, 2048)
+    assert chains._is_short(1, 2048, 1408)
 
 
 def test_measured_rates_decide_where_both_are_there() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from epctl.errors import InputError
+from epctl.runtime.sequence import attend as attend_module
+from epctl.runtime.sequence import varlen as varlen_module
 from epctl.runtime.sequence.attend import Rule, attend
 from epctl.runtime.sequence.documents import Intervals, of_mask, of_offsets, of_positions
 from epctl.runtime.sequence.loss import divisor, local_targets
+from epctl.runtime.sequence.varlen import can_attend
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, rule: Rule, first: int) -> Tensor:
@@ -39,6 +44,9 @@ CASES = [
     (Rule(causal=True, window=4), (((0, 21),), ((0, 6), (6, 21))), 9, 8),
     (Rule(causal=False), (((0, 7), (7, 14), (14, 21)), ((0, 1), (1, 21))), 0, 21),
     (Rule(causal=False), (((0, 7), (7, 14), (14, 21)), ((0, 1), (1, 21))), 5, 6),
+    (Rule(causal=False), (((0, 7), (7, 14), (14, 21)),), 0, 21),
+    (Rule(causal=True), (((0, 7), (7, 14), (14, 21)),), 0, 21),
+    (Rule(causal=True, window=4), (((0, 7), (7, 14), (14, 21)),), 0, 21),
     (Rule(causal=True), ((), ()), 0, 21),
 ]
 
@@ -48,10 +56,11 @@ def test_attend_equals_one_masked_softmax(
     rule: Rule, intervals: Intervals, first: int, queries: int
 ) -> None:
     torch.manual_seed(0)
-    q = torch.randn(2, 4, queries, 6, dtype=torch.float64, requires_grad=True)
-    k = torch.randn(2, 2, 21, 6, dtype=torch.float64, requires_grad=True)
-    v = torch.randn(2, 2, 21, 5, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(2, 4, queries, 5, dtype=torch.float64)
+    batch = len(intervals)
+    q = torch.randn(batch, 4, queries, 6, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(batch, 2, 21, 6, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(batch, 2, 21, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(batch, 4, queries, 5, dtype=torch.float64)
     found = attend(q, k, v, intervals, rule, first)
     expected = masked(q, k, v, intervals, rule, first)
     torch.testing.assert_close(found, expected)
@@ -60,6 +69,74 @@ def test_attend_equals_one_masked_softmax(
         gradients, torch.autograd.grad((expected * weights).sum(), (q, k, v)), strict=True
     ):
         torch.testing.assert_close(own, reference)
+
+
+def varlen(q, k, v, offsets_q, offsets_k, most_q, most_k, *, scale=None, window_size=(-1, -1)):
+    """What torch's kernel computes, piece by piece; queries and keys of a piece end together."""
+    left, right = window_size
+    parts = []
+    for (a, b), (c, d) in zip(
+        pairwise(offsets_q.tolist()), pairwise(offsets_k.tolist()), strict=True
+    ):
+        assert b - a <= most_q
+        assert d - c <= most_k
+        keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        place = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)[None]
+        allowed = torch.ones_like(place, dtype=torch.bool)
+        if right >= 0:
+            allowed &= place >= -right
+        if left >= 0:
+            allowed &= place <= left
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * (scale or q.shape[-1] ** -0.5)
+        parts.append(
+            torch.einsum(
+                "hqk,khd->qhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), values
+            )
+        )
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(("rule", "intervals", "first", "queries"), CASES[:-1])
+def test_ragged_calls_equal_one_masked_softmax(
+    rule: Rule, intervals: Intervals, first: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece i of the queries meets piece i of the keys, rows of no piece are zero."""
+    calls = []
+
+    def counted(*arguments, **settings):
+        calls.append(arguments)
+        return varlen(*arguments, **settings)
+
+    monkeypatch.setattr(attend_module, "can_attend", lambda *_: True)
+    monkeypatch.setattr(varlen_module, "flash_varlen", lambda: counted)
+    test_attend_equals_one_masked_softmax(rule, intervals, first, queries)
+    whole = queries == 21 and all(row == ((0, 21),) for row in intervals)
+    frames = len(intervals) == 1  # pieces of one length go as a batch
+    assert len(calls) == (not whole and not frames)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rule", "intervals", "first", "queries"), CASES)
+def test_torchs_kernel_attends_to_the_same(
+    rule: Rule, intervals: Intervals, first: int, queries: int
+) -> None:
+    torch.manual_seed(0)
+    of_queries, of_keys = (len(intervals), 4, queries, 32), (len(intervals), 2, 21, 32)
+    q, k, v, weights = (
+        torch.randn(shape, device="cuda").bfloat16()
+        for shape in (of_queries, of_keys, of_keys, of_queries)
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    assert can_attend(q, k, v, rule.dropout)
+    found = attend(*inputs, intervals, rule, first)
+    wide = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    expected = masked(*wide, intervals, rule, first)
+    gradients = torch.autograd.grad((found * weights).sum(), inputs, allow_unused=True)
+    wanted = torch.autograd.grad((expected * weights.double().cpu()).sum(), wide)
+    # Three roundings of bfloat16 (probabilities, result, gradients), 2^-8 each.
+    for own, reference in zip((found, *gradients), (expected, *wanted), strict=True):
+        distance = (own.double().cpu() - reference).norm()
+        assert distance <= 3 * 2**-8 * reference.norm() + 1e-12
 
 
 def test_rows_outside_everything_still_hang_on_the_inputs() -> None:

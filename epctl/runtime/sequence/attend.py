@@ -6,6 +6,8 @@ G intervals of one shape.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from epctl.runtime.sequence.documents import Intervals
+from epctl.runtime.sequence.varlen import Span, attend_spans, can_attend
 
 
 class Rule(NamedTuple):
@@ -48,6 +51,14 @@ def attend(
         tie = sum(x[:, :, :0].sum() for x in (q_BHQD, k_BJKD, v_BJKD))
         zeros = v_BJKD.new_zeros(*q_BHQD.shape[:3], v_BJKD.shape[-1])
         return zeros + cast(Tensor, tie)
+    if uncut and q_BHQD.shape[0] == 1 and _is_even(pieces, num_queries):
+        return _attend_even(q_BHQD, k_BJKD, v_BJKD, len(pieces), rule)
+    if can_attend(q_BHQD, k_BJKD, v_BJKD, rule.dropout):
+        queries, keys = _spans(pieces, num_queries, num_keys)
+        return attend_spans(
+            q_BHQD, k_BJKD, v_BJKD, queries, keys,
+            causal=rule.causal, window=rule.window, scaling=rule.scaling,
+        )  # fmt: skip
     results = _attend_pieces(q_BHQD, k_BJKD, v_BJKD, pieces, rule)
     return _assemble(q_BHQD, v_BJKD, pieces, results)
 
@@ -66,9 +77,11 @@ class _Piece(NamedTuple):
         return self.stop - self.start, self.last_key - self.first_key
 
 
+# A tower's layers have the same thousand windows: they are laid out once.
+@functools.lru_cache(maxsize=64)
 def _pieces(
     intervals: Intervals, first_query: int, num_queries: int, *, causal: bool
-) -> list[_Piece]:
+) -> tuple[_Piece, ...]:
     pieces = []
     for row, documents in enumerate(intervals):
         for first, last in documents:
@@ -77,11 +90,43 @@ def _pieces(
             if start < stop:
                 last_key = stop + first_query if causal else last
                 pieces.append(_Piece(row, start, stop, first, last_key))
-    return pieces
+    return tuple(pieces)
+
+
+@functools.lru_cache(maxsize=64)
+def _spans(
+    pieces: tuple[_Piece, ...], num_queries: int, num_keys: int
+) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """Returns the rows of each piece's queries and keys in tensors flattened over the batch."""
+    queries = (Span(p.row * num_queries + p.start, p.shape[0]) for p in pieces)
+    keys = (Span(p.row * num_keys + p.first_key, p.shape[1]) for p in pieces)
+    return tuple(queries), tuple(keys)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_even(pieces: tuple[_Piece, ...], num_rows: int) -> bool:
+    """True where pieces of one length follow each other over all rows: frames, tiles, windows."""
+    length = pieces[0].shape[0]
+    places = range(0, num_rows, length)
+    return length * len(pieces) == num_rows and all(
+        p.start == p.first_key == place and p.shape == (length, length)
+        for p, place in zip(pieces, places, strict=True)
+    )
+
+
+def _attend_even(
+    q_1HQD: Tensor, k_1JKD: Tensor, v_1JKD: Tensor, num_pieces: int, rule: Rule
+) -> Tensor:
+    """Pieces as a batch, without copies: torch's fastest kernels take any strides."""
+    q_GHQD, k_GJKD, v_GJKD = (
+        x[0].view(x.shape[1], num_pieces, -1, x.shape[3]).transpose(0, 1)
+        for x in (q_1HQD, k_1JKD, v_1JKD)
+    )
+    return _attend_block(q_GHQD, k_GJKD, v_GJKD, rule).transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
 def _attend_pieces(
-    q_BHQD: Tensor, k_BJKD: Tensor, v_BJKD: Tensor, pieces: list[_Piece], rule: Rule
+    q_BHQD: Tensor, k_BJKD: Tensor, v_BJKD: Tensor, pieces: Sequence[_Piece], rule: Rule
 ) -> list[Tensor]:
     """Returns each piece's [H, q, D]; pieces of one shape run as one batch."""
     by_shape: dict[tuple[int, int], list[int]] = {}
@@ -100,7 +145,7 @@ def _attend_pieces(
 
 
 def _assemble(
-    q_BHQD: Tensor, v_BJKD: Tensor, pieces: list[_Piece], results: list[Tensor]
+    q_BHQD: Tensor, v_BJKD: Tensor, pieces: Sequence[_Piece], results: list[Tensor]
 ) -> Tensor:
     """Lays the pieces back in their rows, zeros between them."""
     batch, num_heads, num_queries, _ = q_BHQD.shape
