@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epctl.kernels.launch import ceil_div, launch, next_power_of_2
+
 # Pairs that one program ranks against each other, all to all: 16 K comparisons in registers.
 CHUNK = 128
 
@@ -166,9 +168,9 @@ def routing_tables(
     """
     pairs = experts_TK.contiguous()
     num_pairs = pairs.numel()
-    num_chunks = triton.cdiv(num_pairs, CHUNK)
+    num_chunks = ceil_div(num_pairs, CHUNK)
     num_tiles = max_tiles(num_rows, num_experts, block_rows)
-    expert_block = triton.next_power_of_2(num_experts)
+    expert_block = next_power_of_2(num_experts)
     integers: dict[str, Any] = {"dtype": torch.int32, "device": pairs.device}
     tables = RoutingTables(
         row_of_pair_N=torch.empty(num_pairs, **integers),
@@ -183,7 +185,9 @@ def routing_tables(
     totals_E = torch.zeros(num_experts, **integers)
     counts = torch.empty(num_experts * num_chunks, **integers)
     if num_pairs:
-        _count_kernel[(num_chunks,)](
+        launch(
+            _count_kernel,
+            (num_chunks,),
             pairs,
             counts,
             totals_E,
@@ -194,7 +198,9 @@ def routing_tables(
             EXPERT_BLOCK=expert_block,
             num_warps=max(4, min(16, expert_block // 32)),
         )
-    _position_kernel[(num_experts,)](
+    launch(
+        _position_kernel,
+        (num_experts,),
         counts,
         totals_E,
         tables.offsets_E,
@@ -210,7 +216,9 @@ def routing_tables(
         BLOCK=1024,
     )
     if num_pairs:
-        _place_kernel[(num_chunks,)](
+        launch(
+            _place_kernel,
+            (num_chunks,),
             pairs,
             counts,
             tables.offsets_E,
@@ -267,9 +275,11 @@ def spread(tokens_TD: Tensor, tables: RoutingTables, top_k: int) -> Tensor:
     num_rows, (num_tokens, hidden) = len(tables.pair_of_row_N), tokens_TD.shape
     num_experts = tables.offsets_E.numel() - 1
     num_padded = num_rows + min(num_experts, num_rows) * (PADDING - 1)
-    out = tokens_TD.new_empty(triton.cdiv(num_padded, PADDING) * PADDING, hidden)
-    block = min(2048, triton.next_power_of_2(hidden))
-    _spread_kernel[(num_tokens + num_experts, triton.cdiv(hidden, block))](
+    out = tokens_TD.new_empty(ceil_div(num_padded, PADDING) * PADDING, hidden)
+    block = min(2048, next_power_of_2(hidden))
+    launch(
+        _spread_kernel,
+        (num_tokens + num_experts, ceil_div(hidden, block)),
         tokens_TD,
         out,
         tables.padded_row_of_pair_N,
@@ -344,8 +354,10 @@ def combine(
     dweights_TK = None
     if partial_PN is not None:
         dweights_TK = partial_PN.new_empty(num_tokens, top_k)
-    block = min(2048, triton.next_power_of_2(hidden))
-    _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
+    block = min(2048, next_power_of_2(hidden))
+    launch(
+        _combine_kernel,
+        (num_tokens, ceil_div(hidden, block)),
         rows_ND,
         weights_TK,
         row_of_pair_N,
@@ -357,7 +369,7 @@ def combine(
         TOP_K=top_k,
         WEIGHTED=weights_TK is not None,
         NUM_PARTS=num_parts,
-        PART_BLOCK=triton.next_power_of_2(max(1, num_parts)),
+        PART_BLOCK=next_power_of_2(max(1, num_parts)),
         BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
     )
@@ -389,7 +401,9 @@ def zero_beyond(wide: Tensor, narrow: Tensor, offsets_E: Tensor) -> None:
     Weight gradients multiply them by zeros; what an allocation happens to hold may be NaN.
     """
     num_rows, width = wide.shape
-    _zero_beyond_kernel[(PADDING, triton.cdiv(width, 1024))](
+    launch(
+        _zero_beyond_kernel,
+        (PADDING, ceil_div(width, 1024)),
         wide,
         narrow,
         offsets_E,
