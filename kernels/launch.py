@@ -2,23 +2,26 @@
 
 `kernel[grid](...)` binds arguments by name, works out what each of them specialises the kernel on,
 turns that into a text, looks the compiled kernel up by it, compares the module's constants with
-what they were, and builds a record for hooks: 20 to 60 microseconds of host time, more than many a
-kernel of a small batch runs. Here the facts make a key of their own, at least as fine as Triton's
-(tests/kernels/test_launch.py holds it against Triton's binder), and what it finds is called as
-Triton would call it, `CompiledKernel.run`, with addresses in place of tensors.
+what they were, and builds a record for hooks: more host time than many a kernel of a small batch
+runs. Here the facts make a key of their own, at least as fine as Triton's
+(tests/kernels/test_launch.py holds it against Triton's binder), and what it finds, Triton's
+launcher in C, is called as Triton would call it, with addresses in place of tensors and
+windows encoded once an address.
 
 Whatever is not known here goes Triton's way: another version of Triton, its interpreter, hooks,
 debugging, tensors that are not on a GPU, arguments of another type. `EPCTL_FAST_LAUNCH=0` sends
 every launch that way.
 
 Sources: triton 3.6.0, runtime/jit.py (`JITFunction.run`), compiler/compiler.py (`CompiledKernel`),
-backends/nvidia/driver.py (`make_launcher`: an integer is taken as an address).
+backends/nvidia/driver.py (`CudaLauncher`, `wrap_handle_tensordesc`, and `make_launcher`: an
+integer is taken as an address).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import contextlib
+from types import FunctionType
+from typing import Any
 
 import torch
 import triton
@@ -37,6 +40,10 @@ KNOWN_VERSIONS = ("3.6",)
 
 # Triton passes integers beyond these as 64 bits, another kernel.
 LOWEST_INT32, HIGHEST_INT32 = -(2**31), 2**31 - 1
+
+
+# Encoded windows kept of one kernel, 128 bytes each; a loop comes back to a few dozen addresses.
+MOST_ENCODED = 1024
 
 
 def _is_known() -> bool:
@@ -64,17 +71,67 @@ class Window(TensorDescriptor):  # type: ignore[misc]
         self.round_f32_to_tf32 = False
 
 
-class _Started(NamedTuple):
-    """A kernel as it was started: what is called, and the parameters after the positional ones.
+class _Started:
+    """A kernel that was started: Triton's launcher in C, and what it takes beside the arguments.
 
     It holds the kernel, so that no other can come to have its id.
     """
 
-    kernel: Any
-    run: Callable[..., None]
-    function: Any
-    metadata: Any
-    constants: tuple[Any, ...]
+    def __init__(self, kernel: Any, compiled: Any, constants: tuple[Any, ...]) -> None:
+        """Raises AttributeError, KeyError or TypeError for a launcher of another build."""
+        launcher = compiled.run
+        if launcher.global_scratch_size or launcher.profile_scratch_size:
+            raise TypeError("scratch memory is allocated anew for every launch")
+        self.kernel, self.constants = kernel, constants
+        self.call, self.windows, self.encode = _in_c(launcher.launch)
+        cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+        no_scratch = no_hooks = (None, None)
+        record = None
+        self.beside = (
+            *(compiled.function, cooperative, dependent, *no_scratch),
+            *(compiled.packed_metadata, record, *no_hooks),
+        )
+        self.encoded: dict[tuple[int, ...], list[Any]] = {}
+
+    def __call__(self, grid: tuple[int, ...], stream: int, values: list[Any]) -> None:
+        # From the last on, so that places before it stay what they are.
+        for place, metadata in self.windows:
+            values[place : place + 1] = self._encoded(place, values[place], metadata)
+        x, y, z = (*grid, 1, 1)[:3]
+        self.call(x, y, z, stream, *self.beside, *values, *self.constants)
+
+    def _encoded(self, place: int, window: Window, metadata: Any) -> list[Any]:
+        """A window as the GPU reads it: it depends on the address and sizes, and on nothing else.
+
+        The caching allocator hands out the same addresses step after step.
+        """
+        key = (place, window.base.data_ptr(), *window.shape)
+        encoded = self.encoded.get(key)
+        if encoded is None:
+            if len(self.encoded) >= MOST_ENCODED:
+                self.encoded.clear()
+            encoded = self.encoded[key] = self.encode(window, metadata)
+        return encoded
+
+
+def _in_c(launch: Any) -> tuple[Any, tuple[tuple[int, Any], ...], Any]:
+    """Returns the launcher in C, places and metadata of windows from the last on, their encoder.
+
+    Triton puts a function named `inner` around it where a kernel takes windows.
+    """
+    if not isinstance(launch, FunctionType):
+        return launch, (), None
+    inner = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))
+    places = sorted(inner["tensordesc_indices"].cell_contents)
+    metadata = inner["tensordesc_meta"].cell_contents
+    if None in metadata:
+        raise TypeError("this kernel takes its windows apart")
+    windows = tuple(zip(places, metadata, strict=True))[::-1]
+    return (
+        inner["launcher"].cell_contents,
+        windows,
+        launch.__globals__["make_tensordesc_arg"],
+    )
 
 
 _started: dict[tuple[Any, ...], _Started] = {}
@@ -162,18 +219,7 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **constants: 
         compiled = kernel[grid](*arguments, **constants)
         _remember(key, kernel, compiled, len(arguments), constants)
         return
-    started.run(
-        *grid,
-        *(1,) * (3 - len(grid)),
-        driver.active.get_current_stream(device),
-        started.function,
-        started.metadata,
-        None,  # no record for hooks
-        None,  # no hook before
-        None,  # none after
-        *values,
-        *started.constants,
-    )
+    started(grid, driver.active.get_current_stream(device), values)
 
 
 def _remember(
@@ -183,6 +229,5 @@ def _remember(
     # A default is Triton's to fill in, and so is a kernel that is still being compiled.
     if isinstance(compiled, CompiledKernel) and all(name in constants for name in rest):
         values = tuple(constants[name] for name in rest)
-        _started[key] = _Started(
-            kernel, compiled.run, compiled.function, compiled.packed_metadata, values
-        )
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            _started[key] = _Started(kernel, compiled, values)

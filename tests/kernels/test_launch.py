@@ -54,6 +54,7 @@ def _scale_kernel(
     values_ptr,
     maybe_ptr,
     window,
+    other,
     count,
     factor,
     WIDTH: tl.constexpr,
@@ -63,7 +64,7 @@ def _scale_kernel(
     values = tl.load(values_ptr + lane, mask=lane < count, other=0.0) * factor
     if maybe_ptr is not None:
         values += tl.load(maybe_ptr + lane, mask=lane < count, other=0.0)
-    values += tl.sum(window.load([FIRST, 0]))
+    values += tl.sum(window.load([FIRST, 0])) - tl.sum(other.load([FIRST, 0]))
     tl.store(values_ptr + lane, values, mask=lane < count)
 
 
@@ -174,19 +175,56 @@ class RecordingDriver:
     def get_current_target(self) -> GPUTarget:
         return HOPPER
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        def run(*arguments: Any) -> None:
-            *place, _, _, _ = arguments[:9]
-            self.launches.append((*place, *(self._plain(a) for a in arguments[9:])))
+    def launcher_cls(self, source: Any, metadata: Any) -> Launcher:
+        return Launcher(self, source)
 
-        return run
 
-    @staticmethod
-    def _plain(argument: Any) -> Any:
-        if isinstance(argument, Window):
-            shape = argument.shape, argument.strides, argument.block_shape, argument.padding
-            return argument.base.data_ptr(), *shape
-        return argument.data_ptr() if isinstance(argument, Tensor) else argument
+class Launcher:
+    """Triton 3.6's CudaLauncher, where what is written in C writes down what it is given."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
+
+    def __init__(self, recording: RecordingDriver, source: Any) -> None:
+        kinds = list(source.signature.values())
+        self.launch = wrap_handle_tensordesc(InC(recording), kinds)
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+        self.launch(x, y, z, stream, function, False, False, None, None, *rest)
+
+
+class InC:
+    def __init__(self, recording: RecordingDriver) -> None:
+        self.recording = recording
+
+    def __call__(self, *arguments: Any) -> None:
+        # Hooks and their record, the last three before the kernel's own, may differ.
+        plain = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments[13:])
+        self.recording.launches.append((*arguments[:10], *plain))
+
+
+def make_tensordesc_arg(window: Any, metadata: Any) -> list[Any]:
+    encoded = window.base.data_ptr(), *window.shape, *window.strides, *window.block_shape
+    ENCODED.append(encoded)
+    return [(encoded, window.padding, metadata), *window.shape, *window.strides]
+
+
+ENCODED: list[tuple[int, ...]] = []
+
+
+def wrap_handle_tensordesc(launcher: Any, kinds: list[str]) -> Any:
+    tensordesc_indices = {i for i, kind in enumerate(kinds) if kind.startswith("tensordesc")}
+    tensordesc_meta = [{"block_size": i} for i in sorted(tensordesc_indices)]
+
+    def inner(*args: Any) -> None:
+        metas = iter(tensordesc_meta)
+        final = list(args[:13])
+        for i, arg in enumerate(args[13:]):
+            of_window = i in tensordesc_indices
+            final.extend(make_tensordesc_arg(arg, next(metas)) if of_window else [arg])
+        launcher(*final)
+
+    return inner if tensordesc_indices else launcher
 
 
 @pytest.fixture
@@ -216,8 +254,8 @@ def tritons_way(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def scale_arguments(offset: int = 0, count: int = 20) -> tuple[Any, ...]:
-    window = Window(torch.zeros(2, 32, 64), 16, 32)
-    return torch.zeros(64)[offset:], torch.zeros(32), window, count, 2.0
+    windows = Window(torch.zeros(2, 32, 64), 16, 32), Window(torch.zeros(96, 128), 32, 64)
+    return torch.zeros(64)[offset:], torch.zeros(32), *windows, count, 2.0
 
 
 CONSTANTS = {"WIDTH": 32, "FIRST": 0, "num_warps": 2}
@@ -247,7 +285,7 @@ def test_a_second_launch_is_the_call_that_triton_makes(
         (scale_arguments(count=1), {}),
         ((torch.zeros(64), None, *scale_arguments()[2:]), {}),
         ((torch.zeros(64).bfloat16(), *scale_arguments()[1:]), {}),
-        ((*scale_arguments()[:2], Window(torch.zeros(32, 64), 16, 16), 20, 2.0), {}),
+        ((*scale_arguments()[:2], Window(torch.zeros(32, 64), 16, 16), *scale_arguments()[3:]), {}),
         (scale_arguments(), {"FIRST": 16}),
         (scale_arguments(), {"num_warps": 4}),
         (scale_arguments(), {"maxnreg": 64}),
@@ -265,6 +303,55 @@ def test_other_facts_are_another_kernel(
     assert functions[:2] == functions[2:]
     _scale_kernel[(1,)](*arguments, **{**CONSTANTS, **constants})
     assert gpu_stand_in.launches[-1] == gpu_stand_in.launches[-2]
+
+
+def test_windows_are_encoded_once(
+    gpu_stand_in: RecordingDriver, tritons_way: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "MOST_ENCODED", 3)
+    here, there = scale_arguments(), scale_arguments()
+    launch(_scale_kernel, (1,), *here, **CONSTANTS)
+    ENCODED.clear()
+    for arguments in (here, here, there, here, here):
+        launch(_scale_kernel, (1,), *arguments, **CONSTANTS)
+    addresses = [encoded[0] for encoded in ENCODED]
+    first, second = ([a.base.data_ptr() for a in each[3:1:-1]] for each in (here, there))
+    # Two of here, one of there; the fourth makes room, and here's are encoded anew.
+    assert addresses == [*first, *second, *first]
+    assert tritons_way == ["_scale_kernel"]
+    assert gpu_stand_in.launches[1] == gpu_stand_in.launches[-1] != gpu_stand_in.launches[3]
+
+
+@pytest.mark.parametrize("strange", ["scratch", "no such attribute", "taken apart", "wrapped"])
+def test_launchers_of_another_build_are_left_to_triton(
+    gpu_stand_in: RecordingDriver,
+    tritons_way: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    strange: str,
+) -> None:
+    class Strange(Launcher):
+        global_scratch_size = 64 if strange == "scratch" else 0
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            inner = self.launch
+            if strange == "taken apart":
+                inner.__closure__[2].cell_contents[0] = None
+            elif strange == "wrapped":
+                self.launch = lambda *args: inner(*args)
+            elif strange == "no such attribute":
+                self.begin = self.__dict__.pop("launch")
+
+        def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+            begin = getattr(self, "begin", None) or self.launch
+            begin(x, y, z, stream, rest[0], False, False, None, None, *rest[1:])
+
+    monkeypatch.setattr(
+        gpu_stand_in, "launcher_cls", lambda source, metadata: Strange(gpu_stand_in, source)
+    )
+    for _ in range(2):
+        launch(_scale_kernel, (1,), *scale_arguments(), **CONSTANTS)
+    assert len(tritons_way) == len(gpu_stand_in.launches) == 2
 
 
 def test_each_device_has_its_own(gpu_stand_in: RecordingDriver) -> None:
