@@ -422,19 +422,19 @@ def down_backward(
     dy: Tensor,
     w2_EDI: Tensor,
     h: Tensor,
+    a_NI: Tensor,
     weights_TK: Tensor,
     tables: RoutingTables,
     tile: Tile,
     *,
     activation: Activation = SWIGLU,
-) -> tuple[Tensor, Tensor]:
-    """Overwrites H with its gradient; returns the weighted activation [N, I] and partial sums.
+) -> Tensor:
+    """Overwrites H with its gradient and `a_NI` with the weighted activation.
 
-    `dy` is what `spread` returns. The partial sums, float32 [column tiles, N], add up to
+    `dy` is what `spread` returns. Returns partial sums, float32 [column tiles, N], that add up to
     the gradient of each row's weight: the inner product of A and its gradient at weight 1.
     """
     num_rows, (_, hidden, intermediate) = len(h), w2_EDI.shape
-    a_NI = h.new_empty(num_rows, intermediate)
     num_columns = ceil_div(intermediate, tile.block_n)
     width = min(tile.slice_n, tile.block_n)
     partial_PN = torch.empty(num_columns, num_rows, dtype=torch.float32, device=h.device)
@@ -462,7 +462,7 @@ def down_backward(
         SLICE=width,
         **launch_options(tile, use_tma, h.dtype),
     )
-    return a_NI, partial_PN
+    return partial_PN
 
 
 def input_gradient(

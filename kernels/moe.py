@@ -39,7 +39,6 @@ from epctl.kernels.permute import (
     max_tiles,
     routing_tables,
     spread,
-    zero_beyond,
 )
 from epctl.kernels.tiles import TileTable, choose_tiles, device_capability
 
@@ -162,17 +161,18 @@ def _backward(
             write_a=False,
         )
     # Spread once for two products, and gone before the memory peaks.
-    dy = spread(dy_TD, sorted_order, top_k)
-    a_NI, partial_PN = gemm.down_backward(
+    a_NI = h.new_empty(num_rows, w1_EID.shape[1])
+    dy = spread(dy_TD, sorted_order, top_k, beside=(h, a_NI))
+    partial_PN = gemm.down_backward(
         dy,
         w2_EDI,
         h,
+        a_NI,
         weights_TK,
         sorted_order,
         tiles.down_backward,
         activation=_activation(form, limit, alpha),
     )
-    zero_beyond(h, a_NI, sorted_order.offsets_E)
     # Each temporary dies before the next large gradient is made: the order is the peak memory.
     dw2_EDI = weight_gradient.down_weight_gradient(
         dy, a_NI, w2_EDI, sorted_order, tiles.down_weight_gradient

@@ -241,9 +241,15 @@ def _spread_kernel(
     padded_row_of_pair_ptr,
     offsets_ptr,
     padded_offsets_ptr,
+    wide_ptr,
+    narrow_ptr,
     num_tokens,
+    num_rows,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -255,7 +261,7 @@ def _spread_kernel(
             row = tl.load(padded_row_of_pair_ptr + token * TOP_K + choice).to(tl.int64)
             limit = tl.where(row >= 0, HIDDEN, 0)
             tl.store(out_ptr + row * HIDDEN + column, values, mask=column < limit)
-    else:
+    elif program < num_tokens + NUM_EXPERTS:
         # One program for each expert's padding, which is shorter than a block of rows.
         expert = program - num_tokens
         used = tl.load(offsets_ptr + expert + 1) - tl.load(offsets_ptr + expert)
@@ -265,29 +271,56 @@ def _spread_kernel(
         for _ in range(start, tl.load(padded_offsets_ptr + expert + 1)):
             tl.store(at, zeros, mask=column < HIDDEN)
             at += HIDDEN
+    elif WIDE > 0:
+        # One program for each row of the block after the last used one, if the tensors have it.
+        row = tl.load(offsets_ptr + NUM_EXPERTS).to(tl.int64) + program - num_tokens - NUM_EXPERTS
+        zero = tl.zeros((BLOCK,), dtype=out_ptr.dtype.element_ty)
+        wide = tl.where(row < num_rows, WIDE, 0)
+        narrow = tl.where(row < num_rows, NARROW, 0)
+        for start in range(0, WIDE, BLOCK * tl.num_programs(1)):
+            tl.store(wide_ptr + row * WIDE + start + column, zero, mask=start + column < wide)
+            tl.store(narrow_ptr + row * NARROW + start + column, zero, mask=start + column < narrow)
 
 
-def spread(tokens_TD: Tensor, tables: RoutingTables, top_k: int) -> Tensor:
+def spread(
+    tokens_TD: Tensor,
+    tables: RoutingTables,
+    top_k: int,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Returns each row's token at the expert's padded offset, and zeros in the padding.
 
     A token is read once and written for each of its choices: a gather would read it as often.
+
+    Args:
+        beside: two tensors of rows, the wider first, in which the block of rows after the last
+            used one is zeroed: weight gradients multiply them by the padding's zeros, and what an
+            allocation happens to hold may be NaN.
     """
     num_rows, (num_tokens, hidden) = len(tables.pair_of_row_N), tokens_TD.shape
     num_experts = tables.offsets_E.numel() - 1
     num_padded = num_rows + min(num_experts, num_rows) * (PADDING - 1)
     out = tokens_TD.new_empty(ceil_div(num_padded, PADDING) * PADDING, hidden)
     block = min(2048, next_power_of_2(hidden))
+    wide, narrow = (None, None) if beside is None else beside
+    num_programs = num_tokens + num_experts + (0 if beside is None else PADDING)
     launch(
         _spread_kernel,
-        (num_tokens + num_experts, ceil_div(hidden, block)),
+        (num_programs, ceil_div(hidden, block)),
         tokens_TD,
         out,
         tables.padded_row_of_pair_N,
         tables.offsets_E,
         tables.padded_offsets_E,
+        wide,
+        narrow,
         num_tokens,
+        num_rows,
         HIDDEN=hidden,
         TOP_K=top_k,
+        NUM_EXPERTS=num_experts,
+        WIDE=0 if wide is None else wide.shape[1],
+        NARROW=0 if narrow is None else narrow.shape[1],
         BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
     )
@@ -374,42 +407,3 @@ def combine(
         num_warps=max(1, min(8, block // 256)),
     )
     return out_TD, dweights_TK
-
-
-@triton.jit
-def _zero_beyond_kernel(
-    wide_ptr,
-    narrow_ptr,
-    offsets_ptr,
-    num_rows,
-    WIDE: tl.constexpr,
-    NARROW: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.load(offsets_ptr + NUM_EXPERTS).to(tl.int64) + tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    zero = tl.zeros((BLOCK,), dtype=wide_ptr.dtype.element_ty)
-    exists = row < num_rows
-    tl.store(wide_ptr + row * WIDE + column, zero, mask=column < tl.where(exists, WIDE, 0))
-    tl.store(narrow_ptr + row * NARROW + column, zero, mask=column < tl.where(exists, NARROW, 0))
-
-
-def zero_beyond(wide: Tensor, narrow: Tensor, offsets_E: Tensor) -> None:
-    """Zeroes, in place, the block of rows that follows the last used one in both tensors.
-
-    Weight gradients multiply them by zeros; what an allocation happens to hold may be NaN.
-    """
-    num_rows, width = wide.shape
-    launch(
-        _zero_beyond_kernel,
-        (PADDING, ceil_div(width, 1024)),
-        wide,
-        narrow,
-        offsets_E,
-        num_rows,
-        WIDE=width,
-        NARROW=narrow.shape[1],
-        NUM_EXPERTS=offsets_E.numel() - 1,
-        BLOCK=1024,
-    )
