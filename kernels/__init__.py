@@ -4,7 +4,13 @@ Installed as `epctl.kernels`. Nothing here imports the rest of epctl, and nothin
 """
 
 from epctl.kernels.activation import Activation, ExpertBiases
-from epctl.kernels.dispatch import Choice, choose_implementation, moe_mlp, route
+from epctl.kernels.dispatch import (
+    Choice,
+    choose_implementation,
+    moe_mlp,
+    route,
+    route_sparsemixer,
+)
 from epctl.kernels.router_logits import router_logits
 
 __all__ = [
@@ -14,5 +20,6 @@ __all__ = [
     "choose_implementation",
     "moe_mlp",
     "route",
+    "route_sparsemixer",
     "router_logits",
 ]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epctl.kernels.launch import ceil_div, launch
 from epctl.kernels.permute import RoutingTables
 
 BLOCK_ROWS = 32
@@ -59,7 +60,9 @@ def _row_sums(
 ) -> Tensor:
     out = torch.empty_like(bias)
     num_experts, width = bias.shape
-    _row_sum_kernel[(num_experts, triton.cdiv(width, BLOCK_COLUMNS))](
+    launch(
+        _row_sum_kernel,
+        (num_experts, ceil_div(width, BLOCK_COLUMNS)),
         rows,
         weights,
         tables.pair_of_row_N,

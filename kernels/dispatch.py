@@ -18,7 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from epctl.kernels import grouped_mm, reference
 from epctl.kernels.activation import NO_BIASES, SWIGLU, Activation, ExpertBiases
-from epctl.kernels.reference import NORMALIZE_EPSILON, GroupScore, ScoreFunction
+from epctl.kernels.reference import (
+    NORMALIZE_EPSILON,
+    GroupScore,
+    ScoreFunction,
+    SparseMixerNoise,
+)
 
 Implementation = Literal["triton", "grouped_mm", "reference"]
 
@@ -150,6 +155,37 @@ def route(
         normalize_epsilon=normalize_epsilon,
         scale=scale,
     )
+
+
+def route_sparsemixer(
+    logits_TE: Tensor, *, jitter: float, sampled: bool, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns Phi-MoE's two weights (float32 [T, 2], differentiable) and experts (int64 [T, 2]).
+
+    SparseMixer (arXiv 2409.12136): the second pick is made without the first one's expert, and
+    each weight is the pick's share in a softmax over the scores left that are near the best of
+    them: those whose distance from it is within `2 * jitter` of the larger of the best and the
+    score's own size.
+
+    Args:
+        logits_TE: router outputs; computed in float32.
+        jitter: how near; `router_jitter_noise` of the config.
+        sampled: as in training, picks are drawn from each softmax, with torch's generator, and
+            one in four of those that are not the best, on average, keeps its whole weight; the
+            others keep a third (Heun's method). Otherwise the best is picked, the lower id among
+            equals. The gradient is that of the softmax in both.
+        implementation: overrides the choice of `choose_implementation`.
+
+    Raises:
+        ValueError: fewer than two experts, or a negative jitter.
+    """
+    choice = choose_implementation(logits_TE.device, logits_TE.dtype, implementation)
+    noise = SparseMixerNoise.draw(logits_TE) if sampled else None
+    if choice.implementation == "triton":
+        from epctl.kernels import sparsemixer
+
+        return sparsemixer.sparsemixer(logits_TE, jitter, noise)
+    return reference.sparsemixer(logits_TE, jitter, noise)
 
 
 def moe_mlp(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from epctl.kernels.activation import NO_BIASES, SWIGLU, Activation, ExpertBiases
 from epctl.kernels.gate import PRODUCT, add_bias, clamped_gate, gate_backward, gate_constants
+from epctl.kernels.launch import ceil_div, launch
 from epctl.kernels.permute import RoutingTables
 from epctl.kernels.tile_access import (
     can_use_tma,
@@ -361,7 +362,9 @@ def gate_up(
     a = x_TD.new_empty(num_rows if write_a else 0, intermediate)
     use_tma = can_use_tma((w1_EID, w3_EID))
     max_tiles = len(tables.tile_row_M)
-    _gate_up_kernel[(max_tiles * triton.cdiv(intermediate, tile.block_n),)](
+    launch(
+        _gate_up_kernel,
+        (max_tiles * ceil_div(intermediate, tile.block_n),),
         x_TD,
         load_window(w1_EID, tile.block_n, tile.block_k, use_tma),
         load_window(w3_EID, tile.block_n, tile.block_k, use_tma),
@@ -398,7 +401,9 @@ def down(
     y_ND = a_NI.new_empty(len(a_NI), hidden)
     use_tma = can_use_tma((w2_EDI,))
     max_tiles = len(tables.tile_row_M)
-    _down_kernel[(max_tiles * triton.cdiv(hidden, tile.block_n),)](
+    launch(
+        _down_kernel,
+        (max_tiles * ceil_div(hidden, tile.block_n),),
         load_window(a_NI, tile.block_m, tile.block_k, use_tma),
         load_window(w2_EDI, tile.block_n, tile.block_k, use_tma),
         biases.down_ED,
@@ -417,25 +422,27 @@ def down_backward(
     dy: Tensor,
     w2_EDI: Tensor,
     h: Tensor,
+    a_NI: Tensor,
     weights_TK: Tensor,
     tables: RoutingTables,
     tile: Tile,
     *,
     activation: Activation = SWIGLU,
-) -> tuple[Tensor, Tensor]:
-    """Overwrites H with its gradient; returns the weighted activation [N, I] and partial sums.
+) -> Tensor:
+    """Overwrites H with its gradient and `a_NI` with the weighted activation.
 
-    `dy` is what `spread` returns. The partial sums, float32 [column tiles, N], add up to
+    `dy` is what `spread` returns. Returns partial sums, float32 [column tiles, N], that add up to
     the gradient of each row's weight: the inner product of A and its gradient at weight 1.
     """
     num_rows, (_, hidden, intermediate) = len(h), w2_EDI.shape
-    a_NI = h.new_empty(num_rows, intermediate)
-    num_columns = triton.cdiv(intermediate, tile.block_n)
+    num_columns = ceil_div(intermediate, tile.block_n)
     width = min(tile.slice_n, tile.block_n)
     partial_PN = torch.empty(num_columns, num_rows, dtype=torch.float32, device=h.device)
     use_tma = can_use_tma((w2_EDI,))
     max_tiles = len(tables.tile_row_M)
-    _down_backward_kernel[(max_tiles * num_columns,)](
+    launch(
+        _down_backward_kernel,
+        (max_tiles * num_columns,),
         load_window(dy, tile.block_m, tile.block_k, use_tma),
         load_window(w2_EDI, tile.block_k, tile.block_n, use_tma),
         store_window(h, tile.block_m, width, tile, use_tma),
@@ -455,7 +462,7 @@ def down_backward(
         SLICE=width,
         **launch_options(tile, use_tma, h.dtype),
     )
-    return a_NI, partial_PN
+    return partial_PN
 
 
 def input_gradient(
@@ -466,7 +473,9 @@ def input_gradient(
     dx_ND = dh.new_empty(len(dh), hidden)
     use_tma = can_use_tma((w1_EID, w3_EID))
     max_tiles = len(tables.tile_row_M)
-    _input_gradient_kernel[(max_tiles * triton.cdiv(hidden, tile.block_n),)](
+    launch(
+        _input_gradient_kernel,
+        (max_tiles * ceil_div(hidden, tile.block_n),),
         load_window(dh, tile.block_m, tile.block_k, use_tma),
         load_window(w1_EID, tile.block_k, tile.block_n, use_tma),
         load_window(w3_EID, tile.block_k, tile.block_n, use_tma),

@@ -1,5 +1,7 @@
 """The MoE block as two `torch.library` operators: forward, and its backward.
 
+Plain eager calls skip the operators (eager.py).
+
 What is kept for the backward is the tokens (2D bytes a token in bf16), the pre-activation H (4KI)
 and a few integers a row. The backward overwrites H, so a second backward over the same graph
 raises; `recompute=True` keeps no H and computes it again.
@@ -8,10 +10,13 @@ Shape suffixes: see reference.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from epctl.kernels import grouped_gemm as gemm
 from epctl.kernels import weight_gradient
@@ -27,22 +32,25 @@ from epctl.kernels.bias_gradient import (
     down_bias_gradient,
     gate_up_bias_gradient,
 )
+from epctl.kernels.eager import sees_only_autograd
 from epctl.kernels.permute import (
     RoutingTables,
     combine,
     max_tiles,
     routing_tables,
     spread,
-    zero_beyond,
 )
-from epctl.kernels.tiles import TileTable, choose_tiles
+from epctl.kernels.tiles import TileTable, choose_tiles, device_capability
 
 HOPPER = (9, 0)
+
+# Where H stands among the backward's arguments after the gradient.
+H_OF_KEPT = 7
 
 
 def _tiles(num_rows: int, w1_EID: Tensor) -> TileTable:
     on_gpu = w1_EID.is_cuda
-    capability = torch.cuda.get_device_capability(w1_EID.device) if on_gpu else HOPPER
+    capability = device_capability(w1_EID.device) if on_gpu else HOPPER
     return choose_tiles(w1_EID.dtype, capability, num_rows / w1_EID.shape[0])
 
 
@@ -57,8 +65,7 @@ def _three(biases: list[Tensor], like: Tensor) -> list[Tensor]:
     return biases or [like.new_empty(0) for _ in range(3)]
 
 
-@torch.library.custom_op("epctl::moe_forward", mutates_args=())
-def _moe_forward(
+def _forward(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -93,6 +100,9 @@ def _moe_forward(
     return combine(y_ND, tables.row_of_pair_N, weights_TK, top_k)[0], h, *tables
 
 
+_moe_forward = torch.library.custom_op("epctl::moe_forward", mutates_args=())(_forward)
+
+
 @_moe_forward.register_fake
 def _(
     x_TD: Tensor,
@@ -118,8 +128,7 @@ def _(
     return torch.empty_like(x_TD), h, *integers  # type: ignore[return-value]
 
 
-@torch.library.custom_op("epctl::moe_backward", mutates_args=("h",))
-def _moe_backward(
+def _backward(
     dy_TD: Tensor,
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -152,17 +161,18 @@ def _moe_backward(
             write_a=False,
         )
     # Spread once for two products, and gone before the memory peaks.
-    dy = spread(dy_TD, sorted_order, top_k)
-    a_NI, partial_PN = gemm.down_backward(
+    a_NI = h.new_empty(num_rows, w1_EID.shape[1])
+    dy = spread(dy_TD, sorted_order, top_k, beside=(h, a_NI))
+    partial_PN = gemm.down_backward(
         dy,
         w2_EDI,
         h,
+        a_NI,
         weights_TK,
         sorted_order,
         tiles.down_backward,
         activation=_activation(form, limit, alpha),
     )
-    zero_beyond(h, a_NI, sorted_order.offsets_E)
     # Each temporary dies before the next large gradient is made: the order is the peak memory.
     dw2_EDI = weight_gradient.down_weight_gradient(
         dy, a_NI, w2_EDI, sorted_order, tiles.down_weight_gradient
@@ -186,6 +196,9 @@ def _moe_backward(
     return dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, db1, db3, db2
 
 
+_moe_backward = torch.library.custom_op("epctl::moe_backward", mutates_args=("h",))(_backward)
+
+
 @_moe_backward.register_fake
 def _(
     dy_TD: Tensor,
@@ -206,44 +219,82 @@ def _(
     return tuple(torch.empty_like(tensor) for tensor in inputs)  # type: ignore[return-value]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, form, limit, alpha, *_ = inputs
     _, h, *tables = output
     # Otherwise autograd would hand the backward zero-filled gradients for H and the integers.
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h, *tables)
     ctx.gate = form, limit, alpha
     ctx.num_biases = len(biases)
     of_biases = (*biases, experts_TK) if biases else ()
     ctx.save_for_backward(x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *of_biases, *tables)
 
 
-def _backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if dy_TD is None:
-        return None, None, None, None, None, None, [None] * ctx.num_biases, *(None,) * 5
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    """Returns what `_keep` kept, as the backward's arguments after `dy_TD`."""
     x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *rest = ctx.saved_tensors
     biases, experts_TK = rest[: ctx.num_biases], None
     tables = rest[ctx.num_biases :]
     if biases:
         experts_TK, *tables = tables
+    sizes = x_TD, weights_TK, w1_EID, w3_EID, w2_EDI
+    return *sizes, biases, experts_TK, h, tables, *ctx.gate
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, inputs, output)
+
+
+def _operator_backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if dy_TD is None:
+        return None, None, None, None, None, None, [None] * ctx.num_biases, *(None,) * 5
     dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, *dbiases = _moe_backward(
-        dy_TD.contiguous(),
-        x_TD,
-        weights_TK,
-        w1_EID,
-        w3_EID,
-        w2_EDI,
-        biases,
-        experts_TK,
-        h,
-        tables,
-        *ctx.gate,
+        dy_TD.contiguous(), *_kept(ctx)
     )
     gradients = (dx_TD, None, dweights_TK, dw1_EID, dw3_EID, dw2_EDI)
     return *gradients, dbiases[: ctx.num_biases], *(None,) * 5
 
 
-_moe_forward.register_autograd(_backward, setup_context=_save)
+_moe_forward.register_autograd(_operator_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same two functions without the operators around them; biases come last, one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        (*tensors, form, limit, alpha, keep_h, num_rows), biases = inputs[:11], list(inputs[11:])
+        arguments = *tensors, biases, form, limit, alpha, keep_h, num_rows
+        output: tuple[Tensor, ...] = _forward(*arguments)
+        _keep(ctx, arguments, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor | None) -> tuple[Any, ...]:
+        if dy_TD is None:
+            return tuple([None] * (11 + ctx.num_biases))
+        kept, alone = _kept(ctx), sees_only_autograd(dy_TD)
+        run: Callable[..., tuple[Tensor, ...]] = _backward if alone else _moe_backward
+        dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, *dbiases = run(dy_TD.contiguous(), *kept)
+        # H was overwritten: another backward over this graph must find that out.
+        increment_version(kept[H_OF_KEPT])
+        gradients = (dx_TD, None, dweights_TK, dw1_EID, dw3_EID, dw2_EDI)
+        return *gradients, *(None,) * 5, *dbiases[: ctx.num_biases]
+
+
+def _run(
+    tensors: tuple[Tensor, ...], biases: list[Tensor], rule: tuple[Any, ...], trains: bool
+) -> Tensor:
+    if not sees_only_autograd(*tensors, *biases):
+        y_TD: Tensor = _moe_forward(*tensors, biases, *rule)[0]
+    elif trains:
+        y_TD = cast(Tensor, _Eager.apply(*tensors, *rule, *biases))  # type: ignore[no-untyped-call]
+    else:
+        run: Callable[..., tuple[Tensor, ...]] = _forward
+        y_TD = run(*tensors, biases, *rule)[0]
+    return y_TD
 
 
 def moe_mlp(
@@ -276,18 +327,15 @@ def moe_mlp(
         raise ValueError(f"{len(of_experts)} of the three projections have biases; all or none can")
     inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *of_experts)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    y_TD: Tensor = _moe_forward(
+    tensors = (
         x_TD.contiguous(),
         experts_TK.contiguous(),
         weights_TK.contiguous().float(),
         w1_EID.contiguous(),
         w3_EID.contiguous(),
         w2_EDI.contiguous(),
-        [bias.contiguous() for bias in of_experts],
-        activation.form,
-        float("inf") if activation.limit is None else activation.limit,
-        activation.alpha,
-        trains and not recompute,
-        experts_TK.numel() if num_held is None else num_held,
-    )[0]
-    return y_TD
+    )
+    limit = float("inf") if activation.limit is None else activation.limit
+    num_rows = experts_TK.numel() if num_held is None else num_held
+    rule = activation.form, limit, activation.alpha, trains and not recompute, num_rows
+    return _run(tensors, [bias.contiguous() for bias in of_experts], rule, trains)

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epctl.kernels.launch import ceil_div, launch, next_power_of_2
+
 # Pairs that one program ranks against each other, all to all: 16 K comparisons in registers.
 CHUNK = 128
 
@@ -166,9 +168,9 @@ def routing_tables(
     """
     pairs = experts_TK.contiguous()
     num_pairs = pairs.numel()
-    num_chunks = triton.cdiv(num_pairs, CHUNK)
+    num_chunks = ceil_div(num_pairs, CHUNK)
     num_tiles = max_tiles(num_rows, num_experts, block_rows)
-    expert_block = triton.next_power_of_2(num_experts)
+    expert_block = next_power_of_2(num_experts)
     integers: dict[str, Any] = {"dtype": torch.int32, "device": pairs.device}
     tables = RoutingTables(
         row_of_pair_N=torch.empty(num_pairs, **integers),
@@ -183,7 +185,9 @@ def routing_tables(
     totals_E = torch.zeros(num_experts, **integers)
     counts = torch.empty(num_experts * num_chunks, **integers)
     if num_pairs:
-        _count_kernel[(num_chunks,)](
+        launch(
+            _count_kernel,
+            (num_chunks,),
             pairs,
             counts,
             totals_E,
@@ -194,7 +198,9 @@ def routing_tables(
             EXPERT_BLOCK=expert_block,
             num_warps=max(4, min(16, expert_block // 32)),
         )
-    _position_kernel[(num_experts,)](
+    launch(
+        _position_kernel,
+        (num_experts,),
         counts,
         totals_E,
         tables.offsets_E,
@@ -210,7 +216,9 @@ def routing_tables(
         BLOCK=1024,
     )
     if num_pairs:
-        _place_kernel[(num_chunks,)](
+        launch(
+            _place_kernel,
+            (num_chunks,),
             pairs,
             counts,
             tables.offsets_E,
@@ -233,9 +241,15 @@ def _spread_kernel(
     padded_row_of_pair_ptr,
     offsets_ptr,
     padded_offsets_ptr,
+    wide_ptr,
+    narrow_ptr,
     num_tokens,
+    num_rows,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -247,7 +261,7 @@ def _spread_kernel(
             row = tl.load(padded_row_of_pair_ptr + token * TOP_K + choice).to(tl.int64)
             limit = tl.where(row >= 0, HIDDEN, 0)
             tl.store(out_ptr + row * HIDDEN + column, values, mask=column < limit)
-    else:
+    elif program < num_tokens + NUM_EXPERTS:
         # One program for each expert's padding, which is shorter than a block of rows.
         expert = program - num_tokens
         used = tl.load(offsets_ptr + expert + 1) - tl.load(offsets_ptr + expert)
@@ -257,27 +271,56 @@ def _spread_kernel(
         for _ in range(start, tl.load(padded_offsets_ptr + expert + 1)):
             tl.store(at, zeros, mask=column < HIDDEN)
             at += HIDDEN
+    elif WIDE > 0:
+        # One program for each row of the block after the last used one, if the tensors have it.
+        row = tl.load(offsets_ptr + NUM_EXPERTS).to(tl.int64) + program - num_tokens - NUM_EXPERTS
+        zero = tl.zeros((BLOCK,), dtype=out_ptr.dtype.element_ty)
+        wide = tl.where(row < num_rows, WIDE, 0)
+        narrow = tl.where(row < num_rows, NARROW, 0)
+        for start in range(0, WIDE, BLOCK * tl.num_programs(1)):
+            tl.store(wide_ptr + row * WIDE + start + column, zero, mask=start + column < wide)
+            tl.store(narrow_ptr + row * NARROW + start + column, zero, mask=start + column < narrow)
 
 
-def spread(tokens_TD: Tensor, tables: RoutingTables, top_k: int) -> Tensor:
+def spread(
+    tokens_TD: Tensor,
+    tables: RoutingTables,
+    top_k: int,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Returns each row's token at the expert's padded offset, and zeros in the padding.
 
     A token is read once and written for each of its choices: a gather would read it as often.
+
+    Args:
+        beside: two tensors of rows, the wider first, in which the block of rows after the last
+            used one is zeroed: weight gradients multiply them by the padding's zeros, and what an
+            allocation happens to hold may be NaN.
     """
     num_rows, (num_tokens, hidden) = len(tables.pair_of_row_N), tokens_TD.shape
     num_experts = tables.offsets_E.numel() - 1
     num_padded = num_rows + min(num_experts, num_rows) * (PADDING - 1)
-    out = tokens_TD.new_empty(triton.cdiv(num_padded, PADDING) * PADDING, hidden)
-    block = min(2048, triton.next_power_of_2(hidden))
-    _spread_kernel[(num_tokens + num_experts, triton.cdiv(hidden, block))](
+    out = tokens_TD.new_empty(ceil_div(num_padded, PADDING) * PADDING, hidden)
+    block = min(2048, next_power_of_2(hidden))
+    wide, narrow = (None, None) if beside is None else beside
+    num_programs = num_tokens + num_experts + (0 if beside is None else PADDING)
+    launch(
+        _spread_kernel,
+        (num_programs, ceil_div(hidden, block)),
         tokens_TD,
         out,
         tables.padded_row_of_pair_N,
         tables.offsets_E,
         tables.padded_offsets_E,
+        wide,
+        narrow,
         num_tokens,
+        num_rows,
         HIDDEN=hidden,
         TOP_K=top_k,
+        NUM_EXPERTS=num_experts,
+        WIDE=0 if wide is None else wide.shape[1],
+        NARROW=0 if narrow is None else narrow.shape[1],
         BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
     )
@@ -344,8 +387,10 @@ def combine(
     dweights_TK = None
     if partial_PN is not None:
         dweights_TK = partial_PN.new_empty(num_tokens, top_k)
-    block = min(2048, triton.next_power_of_2(hidden))
-    _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
+    block = min(2048, next_power_of_2(hidden))
+    launch(
+        _combine_kernel,
+        (num_tokens, ceil_div(hidden, block)),
         rows_ND,
         weights_TK,
         row_of_pair_N,
@@ -357,45 +402,8 @@ def combine(
         TOP_K=top_k,
         WEIGHTED=weights_TK is not None,
         NUM_PARTS=num_parts,
-        PART_BLOCK=triton.next_power_of_2(max(1, num_parts)),
+        PART_BLOCK=next_power_of_2(max(1, num_parts)),
         BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
     )
     return out_TD, dweights_TK
-
-
-@triton.jit
-def _zero_beyond_kernel(
-    wide_ptr,
-    narrow_ptr,
-    offsets_ptr,
-    num_rows,
-    WIDE: tl.constexpr,
-    NARROW: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.load(offsets_ptr + NUM_EXPERTS).to(tl.int64) + tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    zero = tl.zeros((BLOCK,), dtype=wide_ptr.dtype.element_ty)
-    exists = row < num_rows
-    tl.store(wide_ptr + row * WIDE + column, zero, mask=column < tl.where(exists, WIDE, 0))
-    tl.store(narrow_ptr + row * NARROW + column, zero, mask=column < tl.where(exists, NARROW, 0))
-
-
-def zero_beyond(wide: Tensor, narrow: Tensor, offsets_E: Tensor) -> None:
-    """Zeroes, in place, the block of rows that follows the last used one in both tensors.
-
-    Weight gradients multiply them by zeros; what an allocation happens to hold may be NaN.
-    """
-    num_rows, width = wide.shape
-    _zero_beyond_kernel[(PADDING, triton.cdiv(width, 1024))](
-        wide,
-        narrow,
-        offsets_E,
-        num_rows,
-        WIDE=width,
-        NARROW=narrow.shape[1],
-        NUM_EXPERTS=offsets_E.numel() - 1,
-        BLOCK=1024,
-    )

@@ -10,7 +10,7 @@ result is cast back at the end.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,42 @@ GROUP_SCORES: tuple[str, ...] = get_args(GroupScore)
 
 # What DeepSeek-V3's published router adds to the sum it divides by.
 NORMALIZE_EPSILON = 1e-20
+
+
+# What a sampled pick's weight is scaled by: whole, or a third where Heun's method takes its other
+# point (arXiv 2409.12136, section 2.2). Transformers' own constants; they add up to 1.
+THIRD_STEP = 0.3333
+FULL_STEP = 0.3333 + 0.6667
+
+
+class SparseMixerNoise(NamedTuple):
+    """What both picks are sampled with: exponential [T, E] and uniform [T, 1], float32."""
+
+    exponential1_TE: Tensor
+    uniform1_T1: Tensor
+    exponential2_TE: Tensor
+    uniform2_T1: Tensor
+
+    @classmethod
+    def draw(cls, logits_TE: Tensor) -> SparseMixerNoise:
+        """Draws what transformers' router draws from the same generator, in its order."""
+        scores_TE = logits_TE.detach().float()
+        one_T1 = scores_TE[:, :1]
+        exponential1_TE = torch.empty_like(scores_TE).exponential_()
+        uniform1_T1 = torch.rand_like(one_T1)
+        exponential2_TE = torch.empty_like(scores_TE).exponential_()
+        # It fills the last one twice.
+        return cls(
+            exponential1_TE, uniform1_T1, exponential2_TE, torch.rand_like(one_T1).uniform_()
+        )
+
+
+def check_sparsemixer_arguments(num_experts: int, jitter: float) -> None:
+    """Raises ValueError for what two picks near the best cannot be made of."""
+    if num_experts < 2:
+        raise ValueError(f"sparsemixer picks two experts; there are {num_experts}")
+    if not jitter >= 0:
+        raise ValueError(f"jitter is {jitter}; it must be 0 or more")
 
 
 def check_route_arguments(
@@ -91,6 +127,52 @@ def route(
             sum_T1.clamp(min=normalize_floor) if floored else sum_T1 + normalize_epsilon
         )
     return weights_TK * scale, experts_TK
+
+
+def sparsemixer(
+    logits_TE: Tensor, jitter: float, noise: SparseMixerNoise | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns each token's two weights (float32 [T, 2], differentiable) and experts (int64 [T, 2]).
+
+    The arguments are those of `epctl.kernels.route_sparsemixer`, and `noise` where picks are
+    sampled. A pick's gradient is that of its softmax alone, whatever its weight is scaled by.
+    """
+    check_sparsemixer_arguments(logits_TE.shape[-1], jitter)
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    excluded_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
+    drawn = ((None, None),) * 2 if noise is None else (noise[:2], noise[2:])
+    picks = []
+    for exponential_TE, uniform_T1 in drawn:
+        weight_T1, expert_T1 = _pick_near_best(
+            logits_TE, excluded_TE, jitter, exponential_TE, uniform_T1
+        )
+        excluded_TE = excluded_TE.scatter(1, expert_T1, True)
+        picks.append((weight_T1, expert_T1))
+    weights, experts = zip(*picks, strict=True)
+    return torch.cat(weights, dim=1), torch.cat(experts, dim=1)
+
+
+def _pick_near_best(
+    logits_TE: Tensor,
+    excluded_TE: Tensor,
+    jitter: float,
+    exponential_TE: Tensor | None,
+    uniform_T1: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    scores_TE = logits_TE.detach()
+    best_T1 = scores_TE.masked_fill(excluded_TE, float("-inf")).amax(dim=1, keepdim=True)
+    far_TE = (best_T1 - scores_TE) / scores_TE.abs().clamp(min=best_T1) > 2 * jitter
+    near_TE = logits_TE.masked_fill(far_TE | excluded_TE, float("-inf"))
+    gates_TE = near_TE.softmax(dim=1)
+    if exponential_TE is None or uniform_T1 is None:
+        expert_T1 = _largest(near_TE.detach(), 1)
+        return gates_TE.gather(1, expert_T1), expert_T1
+    # Adding Gumbel noise and taking the largest samples from the softmax.
+    expert_T1 = _largest(near_TE.detach() - exponential_TE.log(), 1)
+    weight_T1 = gates_TE.gather(1, expert_T1)
+    whole_T1 = (expert_T1 == _largest(gates_TE.detach(), 1)) | (uniform_T1 > 0.75)
+    scaled_T1 = weight_T1.detach() * torch.where(whole_T1, FULL_STEP, THIRD_STEP)
+    return weight_T1 + (scaled_T1 - weight_T1.detach()), expert_T1
 
 
 def scores_of(logits_TE: Tensor, score_func: ScoreFunction) -> Tensor:

@@ -12,13 +12,17 @@ Shape suffixes: see reference.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from epctl.kernels.eager import sees_only_autograd
+from epctl.kernels.launch import ceil_div, launch, next_power_of_2
 from epctl.kernels.reference import (
     NORMALIZE_EPSILON,
     SCORE_FUNCTIONS,
@@ -233,8 +237,7 @@ def _route_backward_kernel(
     tl.store(out, dense.to(dlogits_ptr.dtype.element_ty), mask=exists[:, None] & held)
 
 
-@torch.library.custom_op("epctl::route", mutates_args=())
-def _route(
+def _forward(
     logits_TE: Tensor,
     correction_bias_E: Tensor | None,
     top_k: int,
@@ -250,11 +253,13 @@ def _route(
     num_tokens, num_experts = logits_TE.shape
     weights_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.float32)
     experts_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
-    groups = triton.next_power_of_2(num_groups)
-    size = triton.next_power_of_2(num_experts // num_groups)
+    groups = next_power_of_2(num_groups)
+    size = next_power_of_2(num_experts // num_groups)
     tokens = max(1, SCORES_OF_PROGRAM // (groups * size))
     if num_tokens:
-        _route_kernel[(triton.cdiv(num_tokens, tokens),)](
+        launch(
+            _route_kernel,
+            (ceil_div(num_tokens, tokens),),
             logits_TE,
             correction_bias_E,
             weights_TK,
@@ -275,9 +280,12 @@ def _route(
             TOKENS=tokens,
             GROUPS=groups,
             SIZE=size,
-            CHOICES=triton.next_power_of_2(top_k),
+            CHOICES=next_power_of_2(top_k),
         )
     return weights_TK, experts_TK
+
+
+_route = torch.library.custom_op("epctl::route", mutates_args=())(_forward)
 
 
 @_route.register_fake
@@ -299,8 +307,7 @@ def _(
     return weights_TK, logits_TE.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("epctl::route_backward", mutates_args=())
-def _route_backward(
+def _backward(
     dweights_TK: Tensor,
     logits_TE: Tensor,
     experts_TK: Tensor,
@@ -312,10 +319,12 @@ def _route_backward(
 ) -> Tensor:
     num_tokens, num_experts = logits_TE.shape
     dlogits_TE = torch.empty_like(logits_TE)
-    size = triton.next_power_of_2(num_experts)
+    size = next_power_of_2(num_experts)
     tokens = max(1, SCORES_OF_PROGRAM // size)
     if num_tokens:
-        _route_backward_kernel[(triton.cdiv(num_tokens, tokens),)](
+        launch(
+            _route_backward_kernel,
+            (ceil_div(num_tokens, tokens),),
             dweights_TK,
             logits_TE,
             experts_TK,
@@ -331,9 +340,12 @@ def _route_backward(
             EPSILON=epsilon,
             TOKENS=tokens,
             SIZE=size,
-            CHOICES=triton.next_power_of_2(experts_TK.shape[1]),
+            CHOICES=next_power_of_2(experts_TK.shape[1]),
         )
     return dlogits_TE
+
+
+_route_backward = torch.library.custom_op("epctl::route_backward", mutates_args=())(_backward)
 
 
 @_route_backward.register_fake
@@ -358,14 +370,42 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.rule = score, normalize, floor, epsilon, scale
 
 
-def _backward(ctx: Any, dweights_TK: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _operator_backward(ctx: Any, dweights_TK: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if dweights_TK is None:
         return (None,) * 11
     dlogits_TE = _route_backward(dweights_TK.contiguous(), *ctx.saved_tensors, *ctx.rule)
     return dlogits_TE, *(None,) * 10
 
 
-_route.register_autograd(_backward, setup_context=_save)
+_route.register_autograd(_operator_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same two functions without the operators around them."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweights_TK: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if dweights_TK is None:
+            return (None,) * 11
+        run = _backward if sees_only_autograd(dweights_TK) else _route_backward
+        dlogits_TE = run(dweights_TK.contiguous(), *ctx.saved_tensors, *ctx.rule)
+        return dlogits_TE, *(None,) * 10
+
+
+def _operator_or_eager(logits_TE: Tensor, bias_E: Tensor | None) -> Callable[..., Any]:
+    tensors = (logits_TE,) if bias_E is None else (logits_TE, bias_E)
+    if not sees_only_autograd(*tensors):
+        return _route
+    if torch.is_grad_enabled() and logits_TE.requires_grad:
+        return _Eager.apply
+    return _forward
 
 
 def route(
@@ -387,9 +427,8 @@ def route(
         logits_TE.shape[-1], top_k, score_func, num_groups, top_groups, group_score
     )
     bias_E = None if correction_bias_E is None else correction_bias_E.detach().contiguous()
-    weights_TK, experts_TK = _route(
-        logits_TE.contiguous(),
-        bias_E,
+    logits_TE = logits_TE.contiguous()
+    rule = (
         top_k,
         SCORE_FUNCTIONS.index(score_func),
         num_groups,
@@ -400,4 +439,5 @@ def route(
         normalize_epsilon,
         scale,
     )
+    weights_TK, experts_TK = _operator_or_eager(logits_TE, bias_E)(logits_TE, bias_E, *rule)
     return weights_TK, experts_TK

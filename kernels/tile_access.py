@@ -9,15 +9,16 @@ experts': loads may read them, and every store masks them.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from epctl.kernels.tiles import Tile
+from epctl.kernels.launch import Window
+from epctl.kernels.tiles import Tile, device_capability
 
 # Widths that are multiples of this keep every TMA box inside its own expert along K.
 TMA_WIDTH = 64
@@ -108,7 +109,7 @@ def store_tile(
 
 def can_use_tma(tensors: tuple[Tensor, ...]) -> bool:
     """True when every tensor's rows can be read through a TMA descriptor on its device."""
-    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device) < (9, 0):
+    if tensors[0].is_cuda and device_capability(tensors[0].device) < (9, 0):
         return False
     return all(
         tensor.shape[-1] % TMA_WIDTH == 0
@@ -122,18 +123,22 @@ def store_window(tensor: Tensor, rows: int, columns: int, tile: Tile, use_tma: b
     """A window to store [rows, columns] tiles through, None where stores go by pointers."""
     if not (use_tma and tile.tma_store and tensor.numel()):
         return None
-    return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, columns])
+    return Window(tensor, rows, columns)
 
 
 def load_window(tensor: Tensor, rows: int, columns: int, use_tma: bool) -> Any:
     """A [rows, columns] window over `tensor` with its leading dimensions flattened."""
     if not use_tma:
         return tensor
-    return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, columns])
+    return Window(tensor, rows, columns)
 
 
+@functools.cache
 def launch_options(tile: Tile, use_tma: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the compile-time constants and launch settings that every tiled kernel takes."""
+    """Returns the compile-time constants and launch settings that every tiled kernel takes.
+
+    One dictionary for all calls with the same arguments: callers unpack it.
+    """
     return {
         "USE_TMA": use_tma,
         "TMA_STORE": use_tma and tile.tma_store,

@@ -6,6 +6,7 @@ bucket of rows an expert has on average. Figures behind the choices: benchmarks/
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,12 @@ HOPPER_FEW_ROWS = TileTable(
 )
 
 FEW_ROWS = 96
+
+
+@functools.cache
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """Returns the compute capability of a CUDA device, asked for once."""
+    return torch.cuda.get_device_capability(device)
 
 
 def choose_tiles(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epctl.kernels.launch import ceil_div, launch
 from epctl.kernels.permute import RoutingTables
 from epctl.kernels.tile_access import (
     can_use_tma,
@@ -153,8 +154,10 @@ def down_weight_gradient(
     num_experts, hidden, intermediate = w2_EDI.shape
     use_tma = can_use_tma((w2_EDI,))
     out = store_window(dw2_EDI, tile.block_n, tile.block_m, tile, use_tma)
-    grid = triton.cdiv(intermediate, tile.block_m) * triton.cdiv(hidden, tile.block_n)
-    _weight_gradient_kernel[(grid, num_experts)](
+    grid = ceil_div(intermediate, tile.block_m) * ceil_div(hidden, tile.block_n)
+    launch(
+        _weight_gradient_kernel,
+        (grid, num_experts),
         load_window(a_NI, tile.block_k, tile.block_m, use_tma),
         load_window(dy, tile.block_k, tile.block_n, use_tma),
         out,
@@ -179,8 +182,10 @@ def gate_up_weight_gradient(
     dw1_EID, dw3_EID = torch.empty_like(w1_EID), torch.empty_like(w1_EID)
     num_experts, intermediate, hidden = w1_EID.shape
     use_tma = can_use_tma((w1_EID,))
-    grid = 2 * triton.cdiv(intermediate, tile.block_m) * triton.cdiv(hidden, tile.block_n)
-    _weight_gradient_kernel[(grid, num_experts)](
+    grid = 2 * ceil_div(intermediate, tile.block_m) * ceil_div(hidden, tile.block_n)
+    launch(
+        _weight_gradient_kernel,
+        (grid, num_experts),
         load_window(dh, tile.block_k, tile.block_m, use_tma),
         load_window(x, tile.block_k, tile.block_n, use_tma),
         store_window(dw1_EID, tile.block_m, tile.block_n, tile, use_tma),

@@ -88,7 +88,7 @@ class RouterLayout:
     best `top_groups` of `num_groups` groups; `selection` names another method. Weights are the
     unbiased scores, renormalised if `normalize` (denominator + `normalize_epsilon`), times
     `scale`. None means not known. With `selection` other than `top_k`, training keeps transformers'
-    own router (`sparsemixer` is Phi-MoE's, `transformers` any other rule of its own).
+    own router (`transformers`) or puts Phi-MoE's kernel in it (`sparsemixer`).
     """
 
     weight: str | None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from epctl.kernels import ExpertBiases, moe_mlp, route, router_logits
+from epctl.kernels import ExpertBiases, moe_mlp, route, route_sparsemixer, router_logits
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.dispatch import combine, dispatch
 from epctl.runtime.mesh import Mesh
@@ -84,14 +84,38 @@ class _Counting:
         return outputs
 
 
+class _SparseMixing:
+    """Phi-MoE's router of transformers' with epctl's projection and kernel in its forward."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns logits [T, E], weights [T, 2] in float32 and global expert ids [T, 2]."""
+        router = cast(Any, self)
+        if router.training and router.input_jitter_noise > 0:
+            # In place, as in transformers: the experts get what the router saw.
+            low, high = 1.0 - router.input_jitter_noise, 1.0 + router.input_jitter_noise
+            x *= torch.empty_like(x).uniform_(low, high)
+        with annotate("router"):
+            logits_TE = router_logits(x.reshape(-1, x.shape[-1]), router.weight)
+            return logits_TE, *route_sparsemixer(
+                logits_TE, jitter=router.router_jitter_noise, sampled=router.training
+            )
+
+
 @functools.cache
-def _counting_class(router_class: Any) -> Any:
-    return type(f"Counting{router_class.__name__}", (_Counting, router_class), {})
+def _counting_class(router_class: Any, selection: str) -> Any:
+    if selection == "sparsemixer":
+        bases: tuple[Any, ...] = (_Counting, _SparseMixing, router_class)
+    else:
+        bases = (_Counting, router_class)
+    return type(f"Counting{router_class.__name__}", bases, {})
 
 
-def counting_router(router: nn.Module, num_experts: int) -> nn.Module:
-    """Returns transformers' router, counting its choices: for rules that are not `RouterRule`s."""
-    counting_class = _counting_class(cast(Any, type(router)))
+def counting_router(router: nn.Module, num_experts: int, selection: str) -> nn.Module:
+    """Returns transformers' router, counting its choices: for rules that are not `RouterRule`s.
+
+    It computes as transformers', but for `sparsemixer`, which has a kernel.
+    """
+    counting_class = _counting_class(cast(Any, type(router)), selection)
     counting: nn.Module = counting_class.__new__(counting_class)
     counting.__dict__.update(router.__dict__)
     _register_counts(counting, num_experts)

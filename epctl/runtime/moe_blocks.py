@@ -114,7 +114,7 @@ def _expert_parallel(
     live = block.get_submodule(router_name)
     _own_bias_as_buffer(block, tensors.get("correction_bias"))
     if rule is None:
-        router = counting_router(live, shape.num_experts)
+        router = counting_router(live, shape.num_experts, moe.router.selection)
     else:
         inside = {
             key: full.removeprefix(f"{router_name}.")

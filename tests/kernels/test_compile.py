@@ -81,3 +81,30 @@ def test_bias_gradient_compiles() -> None:
     }  # fmt: skip
     constants = {"BLOCK_M": 32, "BLOCK_N": 64}
     assert ".entry" in compile_for_hopper(bias_gradient._row_sum_kernel, types, constants)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_sparsemixer_compiles(sampled: bool) -> None:
+    from epctl.kernels import sparsemixer
+
+    noise = ("exponential1_ptr", "uniform1_ptr", "exponential2_ptr", "uniform2_ptr")
+    types = {
+        "logits_ptr": FLOAT, "weights_ptr": FLOAT, "experts_ptr": "*i64", "num_tokens": "i32",
+        "threshold": FLOAT[1:], **(dict.fromkeys(noise, FLOAT) if sampled else {}),
+    }  # fmt: skip
+    sizes = {"NUM_EXPERTS": 16, "TOKENS": 32, "SIZE": 16}
+    constants = {**sizes, "SAMPLED": sampled, **({} if sampled else dict.fromkeys(noise))}
+    assert ".entry" in compile_for_hopper(sparsemixer._sparsemixer_kernel, types, constants)
+
+
+def test_sparsemixer_gradient_compiles() -> None:
+    from epctl.kernels import sparsemixer
+
+    types = {
+        "dweights_ptr": FLOAT, "logits_ptr": BF16, "experts_ptr": "*i64", "dlogits_ptr": BF16,
+        "num_tokens": "i32", "threshold": FLOAT[1:],
+    }  # fmt: skip
+    constants = {"NUM_EXPERTS": 16, "TOKENS": 32, "SIZE": 16}
+    assert ".entry" in compile_for_hopper(
+        sparsemixer._sparsemixer_backward_kernel, types, constants
+    )

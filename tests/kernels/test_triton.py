@@ -125,6 +125,15 @@ def test_moe_no_tokens(moe: ModuleType, make_problem: Callable, assert_matches: 
     assert_matches(moe.moe_mlp, make_problem(0, 64, 64, 4, 2))
 
 
+@pytest.fixture(params=[True, False], ids=["eager", "operators"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plain autograd node, and through torch's operators."""
+    from epctl.kernels import eager
+
+    monkeypatch.setattr(eager, "enabled", request.param)
+
+
+@pytest.mark.usefixtures("each_way")
 def test_moe_second_backward_is_refused(moe: ModuleType, make_problem: Callable) -> None:
     x, experts, weights, *matrices, dy = make_problem(20, 64, 64, 4, 2)
     y = moe.moe_mlp(x.requires_grad_(), experts, weights, *matrices)
@@ -233,6 +242,79 @@ def test_operators_tell_torch_the_truth(moe: ModuleType, make_problem: Callable)
         (x.requires_grad_(), experts, weights, *matrices, [], "product", 1.0, 1.0, True, 40),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def run_every_way(
+    moe: ModuleType, problem: object, monkeypatch: pytest.MonkeyPatch, ways: list[tuple[bool, bool]]
+) -> list[list[torch.Tensor]]:
+    """Router and block, forward and backward, with (eager, launch) switched on or off."""
+    from epctl.kernels import eager, launch, router
+
+    x, _, _, *matrices, dy = problem
+    logits_TE = x.float() @ matrices[0][:, 0].float().T
+    results = []
+    for by_function, by_facts in ways:
+        monkeypatch.setattr(eager, "enabled", by_function)
+        monkeypatch.setattr(launch, "enabled", by_facts and launch._is_known())
+        leaves = [t.clone().requires_grad_() for t in (logits_TE, x, *matrices)]
+        weights, experts = router.route(leaves[0], top_k=2, normalize=True, scale=2.446)
+        y = moe.moe_mlp(leaves[1], experts, weights, *leaves[2:])
+        y.backward(dy)
+        results.append([y.detach(), weights.detach(), *(leaf.grad for leaf in leaves)])
+    return results
+
+
+def test_operators_and_their_functions_are_one(
+    moe: ModuleType, make_problem: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem(63, 64, 64, 4, 2)
+    first, second = run_every_way(moe, problem, monkeypatch, [(True, False), (False, False)])
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_dispatch_modes_see_operators(
+    moe: ModuleType, make_problem: Callable, needs_grad: bool
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from epctl.kernels import router
+
+    class Watch(TorchDispatchMode):
+        names: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    x, experts, weights, *matrices, dy = make_problem(20, 64, 64, 4, 2)
+    with Watch() as watch:
+        logits = torch.zeros(20, 4, device=x.device, requires_grad=needs_grad)
+        router.route(logits, top_k=2, normalize=True, scale=1.0)
+        y = moe.moe_mlp(x.requires_grad_(needs_grad), experts, weights, *matrices)
+        if needs_grad:
+            y.backward(dy)
+    seen = {name for name in watch.names if name.startswith("epctl::")}
+    backward = {"epctl::moe_backward"} if needs_grad else set()
+    assert seen == {"epctl::route", "epctl::moe_forward"} | backward
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(512, 256, 320, 16, 2), (1000, 264, 200, 8, 2)], ids=_name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_every_way_to_start_kernels_is_one(
+    moe: ModuleType,
+    make_problem: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    problem = make_problem(*shape, dtype=dtype)
+    # Twice by facts: the first time Triton starts the kernels.
+    ways = [(False, False), (True, False), (False, True), (True, True), (True, True)]
+    wanted, *others = run_every_way(moe, problem, monkeypatch, ways)
+    for results in others:
+        assert all(torch.equal(one, other) for one, other in zip(wanted, results, strict=True))
 
 
 @gpu

@@ -66,18 +66,32 @@ def test_experts_whose_blocks_are_not_found_are_not_trained_whole(
         moe_blocks.swap_moe_blocks(model, config, ONE_RANK, torch.float32)
 
 
-def test_phimoe_keeps_transformers_router_and_counts() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_phimoe_routes_as_transformers_does_and_counts(training: bool) -> None:
+    from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+
     config = tiny_config("phimoe")
+    config.input_jitter_noise, config.router_jitter_noise = 0.2, 0.3
     model = meta_model(config, torch.float32)
     moe_blocks.swap_moe_blocks(model, config, ONE_RANK, torch.float32)
-    router = model.get_submodule("model.layers.0.mlp.router")
-    assert not isinstance(router, Router)
-    assert "PhimoeTopKRouter" in type(router).__name__
-    router.to_empty(device="cpu")
-    router.weight.data.normal_()
-    router.tokens_per_expert.zero_()
-    router.train()(torch.randn(50, 32))
-    assert int(router.tokens_per_expert.sum()) == 100
+    ours, theirs = model.get_submodule("model.layers.0.mlp.router"), PhimoeTopKRouter(config)
+    assert not isinstance(ours, Router)
+    assert isinstance(ours, PhimoeTopKRouter)
+    ours.to_empty(device="cpu")
+    ours.tokens_per_expert.zero_()
+    ours.load_state_dict({"weight": theirs.weight.data.normal_()})
+    results = []
+    tokens = torch.randn(50, 32)
+    for router in (ours, theirs):
+        torch.manual_seed(5)
+        x = tokens.clone().requires_grad_()
+        jittered = x * 1.0
+        outputs = router.train(training)(jittered)
+        outputs[1].square().sum().backward()
+        results.append((*outputs, jittered, x.grad, router.weight.grad))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert int(ours.tokens_per_expert.sum()) == (100 if training else 0)
 
 
 def test_cutting_the_depth_cuts_lists_by_layer() -> None:
