@@ -27,6 +27,8 @@ def deepspeed_config(
         zero |= {"reduce_bucket_size": 2**24, "allgather_bucket_size": 2**24}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 10_000}
+        if config.train.activation_checkpointing == "full":
+            zero |= {"memory_efficient_linear": False}
         if on_cpu:
             zero |= {"stage3_prefetch_bucket_size": 2**22}
     if config.optim.offload:
@@ -142,6 +144,10 @@ REASONS: dict[str, str] = {
     ),
     "zero_optimization.stage3_prefetch_bucket_size": "on CPU: no copy runs ahead of its use",
     "zero_optimization.offload_optimizer.device": "`optim.offload`: state in host memory",
+    "zero_optimization.memory_efficient_linear": (
+        "torch's own linear: the engine's keeps weights from living between forward and backward, "
+        "which recomputed layers do not do, and takes its time in Python"
+    ),
     "zero_optimization.offload_optimizer.pin_memory": "pinned for copies from a GPU",
     "bf16.enabled": "`train.precision`: auto is bfloat16 on GPUs, float32 on CPU",
     "data_types.grad_accum_dtype": (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epctl.kernels.cross_entropy import IGNORED, chunked_cross_entropy
+from epctl.kernels.cross_entropy import IGNORED, chunked_cross_entropy, columns_within
 
 # What a config says of logits that are bent after the head: no scale can stand for it.
 SOFTCAP_KEYS = ("final_logit_softcapping", "output_logit_soft_cap")
@@ -33,7 +33,7 @@ class LossHead(nn.Linear):
         if shifted_BS is None:
             return super().forward(hidden_BSD)
         x_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        num_columns = max(1, self.max_logits_bytes // (4 * len(x_TD)))
+        num_columns = columns_within(self.max_logits_bytes, x_TD)
         labels_T = shifted_BS.reshape(-1)
         return chunked_cross_entropy(
             x_TD, self.weight, labels_T, num_columns=num_columns, scale=self.scale

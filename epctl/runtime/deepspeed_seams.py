@@ -33,6 +33,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from epctl.runtime.mesh import Mesh, validate_expert_parallel, validate_sequence_parallel
@@ -41,11 +42,13 @@ __all__ = [
     "AutoEPMoELayer",
     "FlatPartition",
     "Fragment",
+    "check_finite_by_norm",
     "client_optimizer",
     "create_mesh",
     "flat_partitions",
     "frozen_experts",
     "full_parameters",
+    "gather_by_layer",
     "initialize_distributed",
     "mark_expert_layer",
     "partition_module",
@@ -182,6 +185,33 @@ def partition_module(module: nn.Module, group: Any, deepspeed_config: dict[str, 
     deepspeed.zero.Init(
         module=module, data_parallel_group=group, config_dict_or_path=deepspeed_config
     )
+
+
+def gather_by_layer(model: nn.Module, stage: int) -> None:
+    """Has ZeRO-3 gather a decoder layer's Parameters together, with one pair of hooks a layer.
+
+    By default every small module has hooks of its own, in Python, forward, in recomputation and
+    backward: on two H200 they took longer than the work between them (utils/z3_leaf_module.py).
+    """
+    if stage < 3:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                set_z3_leaf_module(layer, True)
+
+
+def check_finite_by_norm(engine: Any) -> None:
+    """Has ZeRO-1 and 2 skip a step for its gradient norm alone, as ZeRO-3 does.
+
+    They read every gradient twice more beforehand to look for inf and NaN, and wait for the answer
+    of all ranks; the norm, taken next, is not finite for the same gradients, and then the step is
+    skipped all the same (zero/stage_1_and_2.py, `step`).
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.dtype != torch.float16:
+        assert optimizer.compute_grad_norm
+        optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 @contextlib.contextmanager

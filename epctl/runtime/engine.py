@@ -60,6 +60,7 @@ def create_engine(
         optimizers.append(create_optimizer(model, config.optim))
         return optimizers[-1]
 
+    seams.gather_by_layer(model, config.parallel.zero)
     experts = [p for p in model.parameters() if seams.is_expert_parameter(p)]
     frozen = bool(experts) and not any(p.requires_grad for p in experts)
     with seams.frozen_experts() if frozen else contextlib.nullcontext():
@@ -70,6 +71,7 @@ def create_engine(
             config=deepspeed_config,
             dist_init_required=False,
         )
+    seams.check_finite_by_norm(engine)
     optimizer = optimizers[-1]
     optimizer.wire(seams.flat_partitions(engine), engine.device)
     interval = 1 if config.optim.qk_clip is not None else config.optim.attention_logit_interval

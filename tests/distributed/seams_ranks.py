@@ -34,15 +34,17 @@ from epctl.runtime.weights import RandomWeights
 CPU = torch.device("cpu")
 
 
-def make(zero: int, ep: int, **case: Any) -> tuple[Any, Any, Any, Any, Any]:
+def make(
+    zero: int, ep: int, *, bfloat16: bool = False, **case: Any
+) -> tuple[Any, Any, Any, Any, Any]:
     config = case_config({"zero": zero, "ep": ep, **case}, dist.get_world_size())
     mesh = seams.create_mesh(ep)
-    ds_config = deepspeed_config(config, bfloat16=False, on_cpu=True)
+    ds_config = deepspeed_config(config, bfloat16=bfloat16, on_cpu=True)
     model = build_model(
         tiny_config(),
         mesh,
         RandomWeights(seed=1, std=0.08),
-        dtype=torch.float32,
+        dtype=torch.bfloat16 if bfloat16 else torch.float32,
         device=CPU,
         zero3_config=ds_config if zero == 3 else None,
     )
@@ -200,6 +202,38 @@ def memory_of_an_engine_comes_back(zero: int) -> bool:
     return held() is None
 
 
+def nan_on_one_rank(zero: int) -> dict[str, Any]:
+    """A step in bfloat16 whose gradient is NaN on rank 1 moves nothing, and the next one does."""
+    config, mesh, engine, optimizer, scheduler = make(zero, 2, bfloat16=True)
+    weight = engine.module.model.layers[0].self_attn.o_proj.weight
+    hook = weight.register_hook(lambda g: g * float("nan") if mesh.rank == 1 else g)
+    before = snapshot(engine)
+    train_step(engine, scheduler, rank_batches(0, config), config, mesh)
+    skipped = moved(before, snapshot(engine))
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    finite = all(bool(torch.isfinite(v).all()) for v in state if torch.is_tensor(v))
+    hook.remove()
+    train_step(engine, scheduler, rank_batches(1, config), config, mesh)
+    after = moved(before, snapshot(engine))
+    looked = "check_overflow" not in vars(engine.optimizer)
+    engine.destroy()
+    return {"skipped": skipped, "finite": finite, "after": after["dense"], "looked": looked}
+
+
+def hooks_by_layer() -> dict[str, Any]:
+    """ZeRO-3 knows a layer, not what is in it, and still gathers all it needs."""
+    _, _, engine, _, _ = make(3, 2)
+    layers = engine.module.model.layers
+    inner = [m for layer in layers for m in layer.modules() if m is not layer]
+    result = {
+        "layers": all(hasattr(layer, "ds_id") for layer in layers),
+        "inner": sum(hasattr(module, "ds_id") for module in inner),
+        "hooks": sum(len(module._forward_pre_hooks) for module in inner),
+    }
+    engine.destroy()
+    return result
+
+
 def main(folder: Path) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
@@ -212,6 +246,9 @@ def main(folder: Path) -> None:
         result[f"save{zero}"] = deepspeed_save_and_load(zero, folder / f"deepspeed{zero}")
     for zero in (0, 1, 2, 3):
         result[f"partitions{zero}"] = partitions_cover_everything(zero)
+        if zero:
+            result[f"nan{zero}"] = nan_on_one_rank(zero)
+    result["hooks"] = hooks_by_layer()
     for zero in (2, 3):
         result[f"released{zero}"] = memory_of_an_engine_comes_back(zero)
     result["failed_save"] = failed_save(folder)

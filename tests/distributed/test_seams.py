@@ -97,3 +97,21 @@ def test_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(ranks: Rank
 def test_an_engine_let_go_gives_its_memory_back(ranks: Ranks, zero: int) -> None:
     """ZeRO-3 keeps the model of the last forward on a module-level stack; `destroy` leaves it."""
     assert [rank[f"released{zero}"] for rank in ranks] == [True, True, True, True]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_nothing_on_any(
+    ranks: Ranks, zero: int
+) -> None:
+    """By the norm alone: ZeRO-1 and 2 no longer look at each gradient before."""
+    for rank in ranks:
+        found = rank[f"nan{zero}"]
+        assert found["skipped"] == {"experts": 0, "dense": 0}
+        assert found["finite"]
+        assert found["after"] > 20
+        assert found["looked"] == (zero == 3)
+
+
+def test_zero3_hooks_layers_and_not_what_is_in_them(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert rank["hooks"] == {"layers": True, "inner": 0, "hooks": 0}

@@ -1,18 +1,31 @@
 """The blocked cross-entropy against PyTorch's, loss and every gradient.
 
-Shape suffixes: T tokens, D hidden size, V vocabulary.
+By torch on a CPU, by Triton on a GPU or in its interpreter (test_interpreter.py). Shape suffixes:
+T tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from epctl.kernels.cross_entropy import IGNORED, chunked_cross_entropy
+from epctl.kernels.cross_entropy import IGNORED, chunked_cross_entropy, columns_within
 
-SHAPES = [(1, 8, 5), (63, 16, 100), (100, 32, 1000), (0, 8, 20)]
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETING:
+        monkeypatch.setenv("EPCTL_KERNELS", "triton")
+
+
+SHAPES = [(1, 8, 5), (63, 16, 100), (100, 32, 1000), (3, 8, 5001), (0, 8, 20)]
 
 
 def tensors(num_tokens: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,6 +34,7 @@ def tensors(num_tokens: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tens
     weight_VD = torch.randn(vocabulary, hidden, generator=generator) * 0.5
     labels_T = torch.randint(vocabulary, (num_tokens,), generator=generator)
     labels_T[::3] = IGNORED
+    x_TD, weight_VD, labels_T = (tensor.to(DEVICE) for tensor in (x_TD, weight_VD, labels_T))
     return x_TD.requires_grad_(), weight_VD.requires_grad_(), labels_T
 
 
@@ -44,6 +58,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 # One column a block adds a rounding for each of V: the small vocabularies only.
 CASES = [(s, c) for s in SHAPES for c in (1, 7, 64, 5000) if c > 1 or s[2] <= 100]
+if INTERPRETING:  # a program a token and block, each in Python
+    CASES = [((1, 8, 5), 1), ((13, 16, 100), 30), ((3, 8, 5001), 5000), ((0, 8, 20), 7)]
 
 
 @pytest.mark.parametrize(("shape", "columns"), CASES)
@@ -73,6 +89,7 @@ def test_large_logits_stay_finite() -> None:
         assert relative_error(ours, theirs) < 2e-6
 
 
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter cuts bfloat16 off where a GPU rounds")
 def test_half_precision_adds_one_rounding() -> None:
     """Against float64: the error of the unblocked way and a block's own rounding (2^-9)."""
     x_TD, weight_VD, labels_T = tensors(200, 64, 999)
@@ -92,3 +109,19 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
     chunked_cross_entropy(x_TD, weight_VD, labels_T, num_columns=7).backward()
     assert (x_TD.grad is None) == (frozen == "x")
     assert (weight_VD.grad is None) == (frozen == "weight")
+
+
+def test_a_block_takes_the_bytes_it_may() -> None:
+    x_TD = torch.empty(100, 8, dtype=torch.bfloat16, device=DEVICE)
+    each = 2 if INTERPRETING or DEVICE == "cuda" else 4
+    assert columns_within(4000, x_TD) == 40 // each
+    assert columns_within(1, x_TD) == 1
+
+
+def test_it_is_triton_that_runs() -> None:
+    """Or the interpreter and a GPU would prove torch's operations once more."""
+    from epctl.kernels import cross_entropy
+
+    module = cross_entropy._operations(torch.empty(1, device=DEVICE))
+    kernels_run = INTERPRETING or DEVICE == "cuda"
+    assert module.__name__.endswith("cross_entropy_triton") == kernels_run

@@ -17,9 +17,10 @@ import torch
 def test_triton_kernels_in_the_interpreter(run_in_interpreter: Callable[..., str]) -> None:
     pytest.importorskip("triton")
     names = ("test_triton.py", "test_triton_variants.py", "test_sparsemixer.py")
+    names += ("test_cross_entropy.py",)
     tests = [Path(__file__).with_name(name) for name in names]
     said = run_in_interpreter(*tests)
     passed = re.search(r"(\d+) passed", said)
     assert passed, said[-4000:]
-    assert int(passed[1]) > 65
-    assert "skipped" not in said
+    assert int(passed[1]) > 75
+    assert "1 skipped" in said  # half precision of cross-entropy

@@ -24,9 +24,9 @@ gpu = pytest.mark.gpu
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
 NAMES = ("x", "weights", "w1", "w3", "w2", "b1", "b3", "b2")
 # Limits inside the range of the pre-activations, so that each clamp acts on some and not on all.
-# Half way between two numbers of bfloat16: backward sees pre-activations as they were kept, rounded,
-# and on whichever side of such a limit one was, it still is. 0.564453125 is so for `up`, and what
-# silu makes it of, 0.81444, is so for `gate` (0.497 of the way).
+# Half way between two numbers of bfloat16: backward sees pre-activations as they were kept,
+# rounded, and on whichever side of such a limit one was, it still is. 0.564453125 is so for `up`,
+# and what silu makes it of, 0.81444, is so for `gate` (0.497 of the way).
 ACTIVATIONS = {
     "swiglu": Activation(),
     "clamped": Activation(form="clamped", limit=0.900390625),
