@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epctl.kernels.launch import ceil_div, launch, next_power_of_2
+
 BLOCK = 4096  # columns that a program holds at a time
 NUM_WARPS = 8
 
@@ -23,7 +25,8 @@ def add_statistics_(
     num_tokens, num_columns = logits_TC.shape
     if logits_TC.numel() == 0:
         return
-    _statistics_kernel[(num_tokens,)](
+    launch(
+        _statistics_kernel, (num_tokens,),
         logits_TC, labels_T, lse_T, target_T, num_columns, first, scale,
         BLOCK=_block(num_columns), num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -36,7 +39,8 @@ def to_gradient_(
     num_tokens, num_columns = logits_TC.shape
     if logits_TC.numel():
         block = _block(num_columns)
-        _gradient_kernel[(num_tokens, triton.cdiv(num_columns, block))](
+        launch(
+            _gradient_kernel, (num_tokens, ceil_div(num_columns, block)),
             logits_TC, labels_T, lse_T, factor_T, num_columns, first, scale,
             BLOCK=block, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -44,7 +48,7 @@ def to_gradient_(
 
 
 def _block(num_columns: int) -> int:
-    return min(BLOCK, int(triton.next_power_of_2(num_columns)))
+    return min(BLOCK, next_power_of_2(num_columns))
 
 
 @triton.jit

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epctl.kernels.launch import ceil_div, launch, next_power_of_2
+
 BLOCK = 2048  # elements of one step of a program
 SPAN = 16 * BLOCK  # elements of a matrix whose squares one program adds up
 NUM_WARPS = 8
@@ -24,7 +26,8 @@ def mix_momentum_(gradient_P: Tensor, buffer_P: Tensor, momentum: float, *, nest
     num_elements = gradient_P.numel()
     if num_elements == 0:
         return
-    _mix_kernel[(triton.cdiv(num_elements, BLOCK),)](
+    launch(
+        _mix_kernel, (ceil_div(num_elements, BLOCK),),
         gradient_P, buffer_P, num_elements, momentum, NESTEROV=nesterov, BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -35,15 +38,24 @@ def normalize_into(x_BMN: Tensor, out_BMN: Tensor) -> None:
     num_matrices, size = x_BMN.shape[0], x_BMN.shape[1] * x_BMN.shape[2]
     if x_BMN.numel() == 0:
         return
-    num_spans = triton.cdiv(size, SPAN)
+    num_spans = ceil_div(size, SPAN)
     squares_BS = torch.empty(num_matrices, num_spans, dtype=torch.float64, device=x_BMN.device)
     grid = (num_matrices, num_spans)  # only the first may be more than 65,535
-    _squares_kernel[grid](
-        x_BMN, squares_BS, size, num_spans, SPAN=SPAN, BLOCK=BLOCK, num_warps=NUM_WARPS
+    launch(
+        _squares_kernel,
+        grid,
+        x_BMN,
+        squares_BS,
+        size,
+        num_spans,
+        SPAN=SPAN,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
     )
-    _normalize_kernel[grid](
+    launch(
+        _normalize_kernel, grid,
         x_BMN, squares_BS, out_BMN, size, num_spans,
-        SPAN=SPAN, BLOCK=BLOCK, NUM_SPANS=triton.next_power_of_2(num_spans), num_warps=NUM_WARPS,
+        SPAN=SPAN, BLOCK=BLOCK, NUM_SPANS=next_power_of_2(num_spans), num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -54,7 +66,8 @@ def apply_update_(
     num_elements = weight_P.numel()
     if num_elements == 0:
         return
-    _apply_kernel[(triton.cdiv(num_elements, BLOCK),)](
+    launch(
+        _apply_kernel, (ceil_div(num_elements, BLOCK),),
         weight_P, update_P, num_elements, 1 - rate * decay, rate * scale, BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )  # fmt: skip

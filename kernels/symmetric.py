@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from epctl.kernels.launch import Window, launch
 
 
 class SymmetricTile(NamedTuple):
@@ -106,7 +107,9 @@ def symmetric_matmul(
     use_tma = tile.tma and all(_has_window(x, transposed, tile) for x in (left_BRK, right_BRK))
     added = out if added_BRR is None else added_BRR
     assert added.is_contiguous()
-    _symmetric_kernel[(tile.num_tiles(num_rows), num_matrices)](
+    launch(
+        _symmetric_kernel,
+        (tile.num_tiles(num_rows), num_matrices),
         _window(left_BRK, transposed, tile.block_m, tile.block_k) if use_tma else left_BRK,
         _window(right_BRK, transposed, tile.block_n, tile.block_k) if use_tma else right_BRK,
         added,
@@ -151,8 +154,7 @@ def _has_window(x_BRK: Tensor, transposed: bool, tile: SymmetricTile) -> bool:
 
 def _window(x_BRK: Tensor, transposed: bool, rows: int, summed: int) -> Any:
     stored = x_BRK.mT if transposed else x_BRK
-    block = [summed, rows] if transposed else [rows, summed]
-    return TensorDescriptor.from_tensor(stored.reshape(-1, stored.shape[-1]), block)
+    return Window(stored, summed, rows) if transposed else Window(stored, rows, summed)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from epctl.bench.muon_peers import PEERS, Orthogonalize
 from epctl.bench.muon_shapes import MatrixBatch
 from epctl.kernels.muon_passes import apply_update_, mix_momentum_, normalize_into
 from epctl.kernels.newton_schulz import iteration_dtype, orthogonalize_normal_
+from epctl.runtime.muon_rule import MuonRule
 
 
 class Implementation(NamedTuple):
@@ -38,9 +39,9 @@ class Implementation(NamedTuple):
     uses_graphs: bool = False
 
 
-# Settings of `own_iteration` by name; `epctl` is what the optimizer takes by itself.
+# Settings of `own_iteration` by name; of `epctl` they are the optimizer's own choice.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "epctl": {},
+    "epctl": {"by_rule": True},
     "epctl standard": {"method": "standard", "products": "torch"},
     "epctl gram": {"method": "gram", "products": "torch"},
 }
@@ -54,9 +55,16 @@ GPU_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def own_iteration(x_BMN: Tensor, *, passes: Any = "torch", **settings: Any) -> Tensor:
+def own_iteration(
+    x_BMN: Tensor, *, by_rule: bool = False, passes: Any = "torch", **settings: Any
+) -> Tensor:
     """Returns orthogonal factors as the optimizer makes them: norm and cast in, then the chain."""
     normal_BMN = torch.empty_like(x_BMN, dtype=iteration_dtype(x_BMN.device))
+    if by_rule:
+        rule = MuonRule(**settings)
+        rule.normalize_into(x_BMN, normal_BMN)
+        rule.orthogonalize_(normal_BMN)
+        return normal_BMN
     normalize_into(x_BMN, normal_BMN, implementation=passes)
     orthogonalize_normal_(normal_BMN, **settings)
     return normal_BMN
@@ -79,7 +87,7 @@ def implementations(
             "you",
             True,
             name not in VARIANTS,
-            settings.get("use_graphs", False),
+            settings.get("use_graphs", name == "epctl"),
         )
         for name, settings in variants.items()
     ]
