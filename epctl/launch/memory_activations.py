@@ -3,8 +3,9 @@
 T tokens of a micro-batch on this rank; other letters: memory_shape.py. Formulas count bytes a
 token in a run of 2-byte numbers; float32 runs hold twice the 2-byte parts. What is saved follows
 from transformers' eager layers (an RMSNorm keeps a float32 copy of its input and its result before
-the weight), scaled-dot-product attention (q, k, v, its output and one float32 a head), and epctl's
-MoE operator (kernels/moe.py): the tokens and the pre-activation H.
+the weight: more than torch's kernel keeps on a GPU, fused_norm.py), scaled-dot-product attention
+(q, k, v, its output and one float32 a head), and epctl's MoE operator (kernels/moe.py): the tokens
+and the pre-activation H.
 """
 
 from __future__ import annotations

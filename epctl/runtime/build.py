@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.fused_norm import fuse_norms
 from epctl.runtime.mesh import Mesh, validate_expert_parallel
 from epctl.runtime.moe import ExpertParallelMoE
 from epctl.runtime.moe_blocks import count_experts, swap_moe_blocks
@@ -38,7 +39,8 @@ def build_model(
 
     Args:
         config: a transformers config of a causal language model, with a vision tower or without.
-        swap: false keeps transformers' blocks with all experts, for DeepSpeed's own AutoEP.
+        swap: false keeps transformers' blocks with all experts and its norms, for DeepSpeed's own
+            AutoEP and as what epctl's are compared with.
         zero3_config: the DeepSpeed config when parameters are to be partitioned (ZeRO-3).
         trainable: what is trained; see `select_trainable`.
 
@@ -51,6 +53,7 @@ def build_model(
     validate_expert_parallel(mesh.ep_size, mesh.num_ranks, num_experts)
     if swap:
         swap_moe_blocks(model, config, mesh, dtype)
+        fuse_norms(model)
     weights.note_names(model)
     select_trainable(model, trainable, num_experts)
     ties = tied_owners(model)

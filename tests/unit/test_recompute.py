@@ -126,7 +126,7 @@ def test_the_config_decides_for_layers_and_experts() -> None:
     set_up_recomputation(model, resolve_config(flags=flags).config)
     parts = {type(m).__name__: "forward" in vars(m) for m in model.model.layers[1].children()}
     assert parts["DeepseekV3Attention"]
-    assert not parts["DeepseekV3RMSNorm"]
+    assert not parts["FusedDeepseekV3RMSNorm"]
     assert all(m.recompute_activation for m in model.modules() if isinstance(m, LocalExperts))
 
 
