@@ -124,6 +124,7 @@ def test_every_reason_belongs_to_a_key_that_can_be_written() -> None:
         for flags in (
             {"optim.name": "deepspeed-muon", "moe.implementation": "autoep"},
             {"optim.offload": zero > 0},
+            {"train.activation_checkpointing": "full"},
         ):
             config = resolve_config(flags={"parallel.zero": zero, **flags}).config
             document = deepspeed_config(config, bfloat16=True, on_cpu=True)
