@@ -12,14 +12,19 @@ from epctl.kernels.dispatch import (
     route_sparsemixer,
 )
 from epctl.kernels.router_logits import router_logits
+from epctl.kernels.token_rows import TokenRows, add_rows, number_rows, take_rows
 
 __all__ = [
     "Activation",
     "Choice",
     "ExpertBiases",
+    "TokenRows",
+    "add_rows",
     "choose_implementation",
     "moe_mlp",
+    "number_rows",
     "route",
     "route_sparsemixer",
     "router_logits",
+    "take_rows",
 ]

@@ -3,6 +3,7 @@
 Shape suffixes, used in every file of this package:
     T  tokens            D  hidden size               E  experts held here
     K  choices a token   I  expert intermediate size  N  rows, one for each (token, choice)
+    S  rows of tokens    P  places that a token may go to
 
 Arithmetic is float32 whatever the inputs are (float64 stays float64, for gradcheck), and the
 result is cast back at the end.
@@ -203,6 +204,17 @@ def _mask_groups(
 def _largest(values: Tensor, count: int) -> Tensor:
     # A stable sort, since `topk` leaves the order of equal values open.
     return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def add_rows(rows_SD: Tensor, row_of_TP: Tensor) -> Tensor:
+    """Returns the sum of each token's rows, [T, D] in the dtype of `rows_SD`; -1 is no row."""
+    compute = torch.promote_types(rows_SD.dtype, torch.float32)
+    # The last row, which -1 names, is zero.
+    padded = torch.cat((rows_SD.to(compute), rows_SD.new_zeros(1, rows_SD.shape[1], dtype=compute)))
+    total_TD = padded.new_zeros(row_of_TP.shape[0], rows_SD.shape[1])
+    for row_T in row_of_TP.unbind(1):
+        total_TD += padded[row_T]
+    return total_TD.to(rows_SD.dtype)
 
 
 def moe_mlp(

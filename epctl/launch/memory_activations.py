@@ -170,7 +170,8 @@ def layer_bytes(shape: ModelShape, plan: RankPlan, *, is_moe: bool) -> LayerByte
     backward = moe.backward_extra
     if plan.ep > 1:
         rows = tokens * received * plan.imbalance
-        dispatch = rows * (hidden * width + 8 * shape.top_k + 8)
+        # Of a row its token, and of a token its row on every rank.
+        dispatch = rows * (hidden * width + 8 * shape.top_k + 4) + 4 * tokens * plan.ep
         # Gradients of the rows come in and go out by all-to-all.
         backward += 2 * rows * hidden * width
     return LayerBytes(

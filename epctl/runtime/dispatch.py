@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epctl.errors import ResourceError
+from epctl.kernels import TokenRows, add_rows, number_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Dispatched(NamedTuple):
     experts_RK: Tensor
     weights_RK: Tensor
     num_held: int
-    token_S: Tensor
+    tables: TokenRows
     splits: RowSplits
 
 
@@ -231,18 +232,18 @@ def dispatch(
     choices_TP = choices_by_rank(experts_TK, num_local_experts, dist.get_world_size(group))
     splits, num_held = exchange_counts(choices_TP, group)
     _require_room(splits, max_rows, x_TD.shape[0])
-    rank_S, token_S = choices_TP.t().nonzero(as_tuple=True)
-    local_SK = local_expert_ids(experts_TK[token_S], rank_S, num_local_experts)
-    experts_RK, weights_RK = exchange_choices(local_SK, weights_TK[token_S], splits)
-    x_RD = exchange_rows(x_TD[token_S], splits, meanwhile)
-    return Dispatched(x_RD, experts_RK, weights_RK, num_held, token_S, splits)
+    # How many rows there are came with the counts: finding them needs no second look.
+    tables, rank_S = number_rows(choices_TP > 0, sum(splits.sent))
+    experts_SK = experts_TK.index_select(0, tables.token_S)
+    local_SK = local_expert_ids(experts_SK, rank_S, num_local_experts)
+    experts_RK, weights_RK = exchange_choices(local_SK, take_rows(weights_TK, tables), splits)
+    x_RD = exchange_rows(take_rows(x_TD, tables), splits, meanwhile)
+    return Dispatched(x_RD, experts_RK, weights_RK, num_held, tables, splits)
 
 
-def combine(y_RD: Tensor, sent: Dispatched, num_tokens: int) -> Tensor:
+def combine(y_RD: Tensor, sent: Dispatched) -> Tensor:
     """Returns each token's sum over the ranks it went to, [T, D] in the dtype of `y_RD`.
 
     The few partial sums of a token are added in float32.
     """
-    rows_SD = exchange_rows(y_RD, sent.splits.reversed())
-    total_TD = rows_SD.new_zeros(num_tokens, rows_SD.shape[1], dtype=torch.float32)
-    return total_TD.index_add(0, sent.token_S, rows_SD.float()).to(y_RD.dtype)
+    return add_rows(exchange_rows(y_RD, sent.splits.reversed()), sent.tables)

@@ -190,7 +190,7 @@ class LocalExperts(nn.Module):
         with annotate("experts"):
             y_RD = self.compute(sent.x_RD, sent.experts_RK, sent.weights_RK, sent.num_held)
         with annotate("combine"):
-            return combine(y_RD, sent, x_TD.shape[0])
+            return combine(y_RD, sent)
 
     def compute(
         self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_held: int | None = None

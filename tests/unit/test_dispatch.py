@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
+from host_reads import READING_METHODS, HostReads
+from torch import Tensor
 
 from epctl.errors import ResourceError
 from epctl.runtime import dispatch
@@ -45,3 +50,33 @@ def test_more_rows_than_allowed_are_refused_before_they_arrive(
     dispatch._require_room(splits, None, 64)
     with pytest.raises(ResourceError, match=r"500 rows .* rank 3.* is 499 "):
         dispatch._require_room(splits, 499, 64)
+
+
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_the_host_waits_once_a_layer(
+    alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the counts, which say how much memory to take; forward, the way back and backward."""
+    read: list[str] = []
+    for name in READING_METHODS:
+        own = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor, name, lambda *a, name=name, own=own: read.append(name) or own(*a)
+        )
+    x_TD = torch.randn(9, 16, requires_grad=True)
+    weights_TK = torch.rand(9, 3, requires_grad=True)
+    experts_TK = torch.rand(9, 8).topk(3).indices
+    with HostReads() as reads:
+        sent = dispatch.dispatch(x_TD, experts_TK, weights_TK, 8, alone)
+        y_RD = sent.x_RD * sent.weights_RK.sum(dim=1, keepdim=True)
+        dispatch.combine(y_RD, sent).backward(torch.ones(9, 16))
+    assert [*read, *reads.found] == ["tolist"]
+    assert x_TD.grad is not None
+    assert weights_TK.grad is not None

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from host_reads import READING_METHODS, HostReads
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from epctl.config import resolve_config
 from epctl.errors import ConfigError
@@ -196,20 +196,6 @@ def test_rows_are_scaled_after_the_step_and_only_once() -> None:
     assert not torch.equal(parameters[1], scaled)
 
 
-class HostReads(TorchDispatchMode):
-    """Records operations that make the host wait for a value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if any(part in name for part in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_no_value_of_a_step_is_read_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host runs ahead of the GPU. Masters in host memory (offload) are the one exception."""
     parameters = matrices()
@@ -221,7 +207,7 @@ def test_no_value_of_a_step_is_read_by_the_host(monkeypatch: pytest.MonkeyPatch)
     def refuse(*args: Any) -> None:
         raise AssertionError("the host reads a tensor")
 
-    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+    for name in READING_METHODS:
         monkeypatch.setattr(Tensor, name, refuse)
     with HostReads() as reads:
         optimizer.step()
