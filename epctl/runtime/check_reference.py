@@ -42,12 +42,16 @@ def run_reference(
     steps: list[list[Batch]],
     device: torch.device,
     solo_group: dist.ProcessGroup,
+    stored_dtype: torch.dtype = torch.float32,
 ) -> Reference:
     """Trains on the global batches of `steps` on this rank alone.
 
     Args:
         steps: the micro-batches of all ranks, in order, a list a step.
         solo_group: a process group that holds only this rank.
+        stored_dtype: what forward and backward see the weights rounded to; masters and all
+            arithmetic are float32. An update smaller than that rounding is not seen, as in an
+            engine that keeps its weights so.
     """
     whole = Mesh(0, 1, 1, 0)
     module = build_model(
@@ -59,6 +63,7 @@ def run_reference(
         swap=False,
         trainable=config.train.parameters,
     )
+    _round_to(module, stored_dtype)
     choices_LTK = _choices(module, steps[0], device)
     optimizer = create_optimizer(module, config.optim)
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -68,7 +73,8 @@ def run_reference(
     )
     records = []
     for batches in steps:
-        records.append(_step(module, optimizer, batches, config.optim.gradient_clipping, device))
+        clipping = config.optim.gradient_clipping
+        records.append(_step(module, optimizer, batches, clipping, device, stored_dtype))
         rates.step()
     weights = {t.name: t.local().detach().cpu().clone() for t in hub_tensors(module)}
     return Reference(records, choices_LTK, weights)
@@ -85,15 +91,22 @@ def _step(
     batches: list[Batch],
     clipping: float,
     device: torch.device,
+    stored_dtype: torch.dtype,
 ) -> StepRecord:
     num_targets = max(1, sum(batch.num_targets for batch in batches))
     optimizer.zero_grad()
+    rounds = stored_dtype != torch.float32
+    masters = [p.detach().clone() for p in module.parameters()] if rounds else []
+    _round_to(module, stored_dtype)
     loss = 0.0
     for batch in batches:
         inputs = batch.to(device).model_inputs()
         part = module(**inputs, num_items_in_batch=num_targets).loss
         part.backward()
         loss += float(part)
+    with torch.no_grad():
+        for parameter, master in zip(module.parameters(), masters, strict=rounds):
+            parameter.copy_(master)
     norm = _total(_norms(module))
     if 0 < clipping < norm:
         for parameter in module.parameters():
@@ -102,6 +115,14 @@ def _step(
     norms = _norms(module)
     optimizer.step()
     return StepRecord(loss, norm, norms)
+
+
+@torch.no_grad()
+def _round_to(module: nn.Module, dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        return
+    for parameter in module.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 def _norms(module: nn.Module) -> dict[str, float]:
