@@ -16,7 +16,12 @@ import torch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton.py runs on this GPU itself")
 def test_triton_kernels_in_the_interpreter(run_in_interpreter: Callable[..., str]) -> None:
     pytest.importorskip("triton")
-    names = ("test_triton.py", "test_triton_variants.py", "test_sparsemixer.py")
+    names = (
+        "test_triton.py",
+        "test_triton_variants.py",
+        "test_sparsemixer.py",
+        "test_triton_functions.py",
+    )
     tests = [Path(__file__).with_name(name) for name in names]
     said = run_in_interpreter(*tests)
     passed = re.search(r"(\d+) passed", said)
