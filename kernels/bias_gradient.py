@@ -77,14 +77,13 @@ def _row_sums(
     return out
 
 
-def gate_up_bias_gradient(
-    dh: Tensor, b1_EI: Tensor, b3_EI: Tensor, tables: RoutingTables
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of both biases from the gradient of the pre-activation, [N, 2I]."""
-    intermediate = b1_EI.shape[1]
-    halves = dh[:, :intermediate], dh[:, intermediate:]
-    db1_EI = _row_sums(halves[0], b1_EI, tables.offsets_E, None, tables)
-    return db1_EI, _row_sums(halves[1], b3_EI, tables.offsets_E, None, tables)
+def gate_up_bias_gradient(dh: Tensor, biases: list[Tensor], tables: RoutingTables) -> list[Tensor]:
+    """Returns the gradients of gate's and up's biases, or of up's alone, from that of H."""
+    parts = dh.split(biases[0].shape[1], dim=1)
+    return [
+        _row_sums(part, bias, tables.offsets_E, None, tables)
+        for part, bias in zip(parts, biases, strict=True)
+    ]
 
 
 def down_bias_gradient(

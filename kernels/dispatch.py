@@ -233,11 +233,9 @@ def moe_mlp(
     activation.check(gated=w1_EID is not None)
     _check_shapes(x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases)
     choice = choose_implementation(x_TD.device, x_TD.dtype, implementation)
-    has_kernel = w1_EID is not None and activation.function == "silu"
-    if choice.implementation == "triton" and has_kernel:
+    if choice.implementation == "triton":
         from epctl.kernels import moe
 
-        assert w1_EID is not None
         return moe.moe_mlp(
             x_TD,
             experts_TK,

@@ -19,7 +19,7 @@ ENVIRONMENT_VARIABLE = "EPCTL_FAST_LAUNCH"
 enabled = os.environ.get(ENVIRONMENT_VARIABLE, "1") != "0"
 
 
-def sees_only_autograd(*tensors: Tensor) -> bool:
+def sees_only_autograd(*tensors: Tensor | None) -> bool:
     """Returns whether autograd is all that could tell an operator from its function.
 
     False under `torch.compile`, dispatch modes (fake tensors, selective checkpoints, profilers of
@@ -32,5 +32,5 @@ def sees_only_autograd(*tensors: Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.maybe_current_level() is None
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        and all(type(tensor) is Tensor or type(tensor) is Parameter for tensor in tensors)
+        and all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
     )

@@ -3,7 +3,8 @@
 Rows are sorted by expert (permute.py) and never padded. GEMMs that read tokens gather them in the
 load, so the gathered copy is never stored. Weights, and operands that are already sorted, come by
 TMA where the GPU has it. What is kept of the forward is the pre-activation H, [N, 2I] with gate
-beside up; the scheme is SonicMoE's (arXiv 2512.14080, section 3).
+beside up, or [N, I] where experts have no gate; the scheme is SonicMoE's (arXiv 2512.14080,
+section 3).
 Shape suffixes: see reference.py.
 """
 
@@ -18,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from epctl.kernels.activation import NO_BIASES, SWIGLU, Activation, ExpertBiases
-from epctl.kernels.gate import PRODUCT, add_bias, clamped_gate, gate_backward, gate_constants
+from epctl.kernels.gate import (
+    PRODUCT,
+    SILU,
+    add_bias,
+    function_of,
+    gate_backward,
+    gate_constants,
+    gated,
+)
 from epctl.kernels.launch import ceil_div, launch
 from epctl.kernels.permute import RoutingTables
 from epctl.kernels.tile_access import (
@@ -54,7 +63,9 @@ def _gate_up_kernel(
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
+    FUNCTION: tl.constexpr,
     FORM: tl.constexpr,
+    GATED: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     WRITE_H: tl.constexpr,
@@ -83,8 +94,9 @@ def _gate_up_kernel(
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, HIDDEN, BLOCK_K):
         x = load_columns(x_at, k, HIDDEN, BLOCK_K)
-        w = load_tile(w1, first, k, limit, HIDDEN, HIDDEN, BLOCK_N, BLOCK_K, USE_TMA)
-        gate = tl.dot(x, w.T, gate, input_precision=PRECISION)
+        if GATED:
+            w = load_tile(w1, first, k, limit, HIDDEN, HIDDEN, BLOCK_N, BLOCK_K, USE_TMA)
+            gate = tl.dot(x, w.T, gate, input_precision=PRECISION)
         w = load_tile(w3, first, k, limit, HIDDEN, HIDDEN, BLOCK_N, BLOCK_K, USE_TMA)
         up = tl.dot(x, w.T, up, input_precision=PRECISION)
     column = tile_n * BLOCK_N
@@ -93,39 +105,44 @@ def _gate_up_kernel(
     if b3_ptr is not None:
         up = add_bias(up, b3_ptr, expert, column, INTERMEDIATE, BLOCK_N)
     if WRITE_H:
+        H_WIDTH: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+        UP: tl.constexpr = H_WIDTH - INTERMEDIATE
+        if GATED:
+            store_tile(
+                h,
+                h_ptr,
+                row,
+                lane,
+                column,
+                gate,
+                row_end,
+                H_WIDTH,
+                INTERMEDIATE,
+                BLOCK_M,
+                BLOCK_N,
+                TMA_STORE,
+            )
         store_tile(
             h,
             h_ptr,
             row,
             lane,
-            column,
-            gate,
-            row_end,
-            2 * INTERMEDIATE,
-            INTERMEDIATE,
-            BLOCK_M,
-            BLOCK_N,
-            TMA_STORE,
-        )
-        store_tile(
-            h,
-            h_ptr,
-            row,
-            lane,
-            column + INTERMEDIATE,
+            column + UP,
             up,
             row_end,
-            2 * INTERMEDIATE,
-            2 * INTERMEDIATE,
+            H_WIDTH,
+            H_WIDTH,
             BLOCK_M,
             BLOCK_N,
             TMA_STORE,
         )
     if WRITE_A:
-        if FORM == PRODUCT:
+        if not GATED:
+            hidden, _ = function_of(up, FUNCTION)
+        elif FORM == PRODUCT and FUNCTION == SILU:
             hidden = gate * tl.sigmoid(gate) * up
         else:
-            hidden, _, _ = clamped_gate(gate, up, FORM, LIMIT, ALPHA)
+            hidden, _, _ = gated(gate, up, FUNCTION, FORM, LIMIT, ALPHA)
         store_tile(
             a,
             a_ptr,
@@ -213,7 +230,9 @@ def _down_backward_kernel(
     num_tiles_ptr,
     max_tiles,
     num_rows,
+    FUNCTION: tl.constexpr,
     FORM: tl.constexpr,
+    GATED: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -268,7 +287,9 @@ def _down_backward_kernel(
         lane,
         row_end,
         column,
+        FUNCTION,
         FORM,
+        GATED,
         LIMIT,
         ALPHA,
         INTERMEDIATE,
@@ -295,6 +316,7 @@ def _input_gradient_kernel(
     max_tiles,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
+    GATED: tl.constexpr,
     USE_TMA: tl.constexpr,
     TMA_STORE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -312,15 +334,15 @@ def _input_gradient_kernel(
     first = expert * INTERMEDIATE
     limit = first + INTERMEDIATE
     column = tile_n * BLOCK_N
-    WIDTH: tl.constexpr = 2 * INTERMEDIATE
+    WIDTH: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+    UP: tl.constexpr = WIDTH - INTERMEDIATE
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, INTERMEDIATE, BLOCK_K):
-        left = load_tile(dh, row, k, row_end, INTERMEDIATE, WIDTH, BLOCK_M, BLOCK_K, USE_TMA)
-        w = load_tile(w1, first + k, column, limit, HIDDEN, HIDDEN, BLOCK_K, BLOCK_N, USE_TMA)
-        total = tl.dot(left, w, total, input_precision=PRECISION)
-        left = load_tile(
-            dh, row, INTERMEDIATE + k, row_end, WIDTH, WIDTH, BLOCK_M, BLOCK_K, USE_TMA
-        )
+        if GATED:
+            left = load_tile(dh, row, k, row_end, INTERMEDIATE, WIDTH, BLOCK_M, BLOCK_K, USE_TMA)
+            w = load_tile(w1, first + k, column, limit, HIDDEN, HIDDEN, BLOCK_K, BLOCK_N, USE_TMA)
+            total = tl.dot(left, w, total, input_precision=PRECISION)
+        left = load_tile(dh, row, UP + k, row_end, WIDTH, WIDTH, BLOCK_M, BLOCK_K, USE_TMA)
         w = load_tile(w3, first + k, column, limit, HIDDEN, HIDDEN, BLOCK_K, BLOCK_N, USE_TMA)
         total = tl.dot(left, w, total, input_precision=PRECISION)
     store_tile(
@@ -345,7 +367,7 @@ def _row_tables(tables: RoutingTables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def gate_up(
     x_TD: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     tables: RoutingTables,
     top_k: int,
@@ -356,11 +378,15 @@ def gate_up(
     write_h: bool = True,
     write_a: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the pre-activation H [N, 2I] and the activation [N, I], empty where not asked."""
-    num_rows, (_, intermediate, hidden) = len(tables.pair_of_row_N), w1_EID.shape
-    h = x_TD.new_empty(num_rows if write_h else 0, 2 * intermediate)
+    """Returns the pre-activation H and the activation [N, I], empty where not asked.
+
+    H is [N, 2I], or [N, I] without `w1_EID`.
+    """
+    num_rows, (_, intermediate, hidden) = len(tables.pair_of_row_N), w3_EID.shape
+    has_gate = w1_EID is not None
+    h = x_TD.new_empty(num_rows if write_h else 0, (1 + has_gate) * intermediate)
     a = x_TD.new_empty(num_rows if write_a else 0, intermediate)
-    use_tma = can_use_tma((w1_EID, w3_EID))
+    use_tma = can_use_tma((w3_EID,) if w1_EID is None else (w1_EID, w3_EID))
     max_tiles = len(tables.tile_row_M)
     launch(
         _gate_up_kernel,
@@ -380,7 +406,7 @@ def gate_up(
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
         TOP_K=top_k,
-        **gate_constants(activation),
+        **gate_constants(activation, has_gate=has_gate),
         WRITE_H=write_h,
         WRITE_A=write_a,
         **launch_options(tile, use_tma, x_TD.dtype),
@@ -456,7 +482,7 @@ def down_backward(
         *_row_tables(tables),
         max_tiles,
         num_rows,
-        **gate_constants(activation),
+        **gate_constants(activation, has_gate=h.shape[1] > intermediate),
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
         SLICE=width,
@@ -466,12 +492,12 @@ def down_backward(
 
 
 def input_gradient(
-    dh: Tensor, w1_EID: Tensor, w3_EID: Tensor, tables: RoutingTables, tile: Tile
+    dh: Tensor, w1_EID: Tensor | None, w3_EID: Tensor, tables: RoutingTables, tile: Tile
 ) -> Tensor:
     """Returns each row's gradient of the token it came from, [N, D]."""
-    _, intermediate, hidden = w1_EID.shape
+    _, intermediate, hidden = w3_EID.shape
     dx_ND = dh.new_empty(len(dh), hidden)
-    use_tma = can_use_tma((w1_EID, w3_EID))
+    use_tma = can_use_tma((w3_EID,) if w1_EID is None else (w1_EID, w3_EID))
     max_tiles = len(tables.tile_row_M)
     launch(
         _input_gradient_kernel,
@@ -485,6 +511,7 @@ def input_gradient(
         max_tiles,
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
+        GATED=w1_EID is not None,
         **launch_options(tile, use_tma, dh.dtype),
     )
     return dx_ND

@@ -24,6 +24,7 @@ from epctl.kernels.activation import (
     NO_BIASES,
     SWIGLU,
     Activation,
+    ActivationFunction,
     ExpertBiases,
     GateForm,
 )
@@ -47,43 +48,66 @@ HOPPER = (9, 0)
 # Where H stands among the backward's arguments after the gradient.
 H_OF_KEPT = 7
 
-
-def _tiles(num_rows: int, w1_EID: Tensor) -> TileTable:
-    on_gpu = w1_EID.is_cuda
-    capability = device_capability(w1_EID.device) if on_gpu else HOPPER
-    return choose_tiles(w1_EID.dtype, capability, num_rows / w1_EID.shape[0])
+# Function, form, limit, alpha; whether H is kept; rows.
+RULE_LENGTH = 6
 
 
-def _activation(form: str, limit: float, alpha: float) -> Activation:
+def _tiles(num_rows: int, w3_EID: Tensor) -> TileTable:
+    on_gpu = w3_EID.is_cuda
+    capability = device_capability(w3_EID.device) if on_gpu else HOPPER
+    return choose_tiles(w3_EID.dtype, capability, num_rows / w3_EID.shape[0])
+
+
+def _activation(function: str, form: str, limit: float, alpha: float) -> Activation:
     bound = None if limit == float("inf") else limit
-    return Activation("silu", cast(GateForm, form), bound, alpha)
+    return Activation(cast(ActivationFunction, function), cast(GateForm, form), bound, alpha)
 
 
-def _three(biases: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Returns the biases, or three empty tensors: an operator that writes to an input has a fixed
-    number of results."""
-    return biases or [like.new_empty(0) for _ in range(3)]
+def _of_experts(biases: list[Tensor]) -> ExpertBiases:
+    """Returns biases as they are passed to the operators: all, or without gate's, or none."""
+    return ExpertBiases(*[None] * (3 - len(biases)), *biases)
+
+
+def _results(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    w1_EID: Tensor | None,
+    w3_EID: Tensor,
+    w2_EDI: Tensor,
+    biases: list[Tensor],
+) -> list[Tensor]:
+    """Returns what the backward's results look like: these, empty tensors for what is not there.
+
+    An operator that writes to an input has a fixed number of results.
+    """
+    given = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *_of_experts(biases))
+    return [x_TD.new_empty(0) if tensor is None else tensor for tensor in given]
+
+
+def _h_width(w1_EID: Tensor | None, w3_EID: Tensor) -> int:
+    return w3_EID.shape[1] * (1 if w1_EID is None else 2)
 
 
 def _forward(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     w2_EDI: Tensor,
     biases: list[Tensor],
+    function: str,
     form: str,
     limit: float,
     alpha: float,
     keep_h: bool,
     num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    top_k, tiles = experts_TK.shape[1], _tiles(num_rows, w1_EID)
-    tables = routing_tables(experts_TK, w1_EID.shape[0], tiles.block_rows, num_rows)
+    top_k, tiles = experts_TK.shape[1], _tiles(num_rows, w3_EID)
+    tables = routing_tables(experts_TK, w3_EID.shape[0], tiles.block_rows, num_rows)
     if not num_rows:
-        return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, 2 * w1_EID.shape[1]), *tables
-    of_experts = ExpertBiases(*biases)
+        return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, _h_width(w1_EID, w3_EID)), *tables
+    of_experts = _of_experts(biases)
     h, a_NI = gemm.gate_up(
         x_TD,
         w1_EID,
@@ -92,7 +116,7 @@ def _forward(
         top_k,
         tiles.gate_up,
         biases=of_experts,
-        activation=_activation(form, limit, alpha),
+        activation=_activation(function, form, limit, alpha),
         write_h=keep_h,
     )
     y_ND = gemm.down(a_NI, w2_EDI, tables, tiles.down, biases=of_experts)
@@ -108,22 +132,23 @@ def _(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     w2_EDI: Tensor,
     biases: list[Tensor],
+    function: str,
     form: str,
     limit: float,
     alpha: float,
     keep_h: bool,
     num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_experts, intermediate, _ = w1_EID.shape
+    num_experts = w3_EID.shape[0]
     num_pairs = experts_TK.numel()
-    num_tiles = max_tiles(num_rows, num_experts, _tiles(num_rows, w1_EID).block_rows)
+    num_tiles = max_tiles(num_rows, num_experts, _tiles(num_rows, w3_EID).block_rows)
     offsets = num_experts + 1
     integer_sizes = (num_pairs, num_pairs, num_rows, offsets, offsets, num_tiles, num_tiles, 1)
-    h = x_TD.new_empty(num_rows if keep_h else 0, 2 * intermediate)
+    h = x_TD.new_empty(num_rows if keep_h else 0, _h_width(w1_EID, w3_EID))
     integers = [x_TD.new_empty(size, dtype=torch.int32) for size in integer_sizes]
     return torch.empty_like(x_TD), h, *integers  # type: ignore[return-value]
 
@@ -132,13 +157,14 @@ def _backward(
     dy_TD: Tensor,
     x_TD: Tensor,
     weights_TK: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     w2_EDI: Tensor,
     biases: list[Tensor],
     experts_TK: Tensor | None,
     h: Tensor,
     tables: list[Tensor],
+    function: str,
     form: str,
     limit: float,
     alpha: float,
@@ -146,9 +172,9 @@ def _backward(
     sorted_order = RoutingTables(*tables)
     num_rows = len(sorted_order.pair_of_row_N)
     if not num_rows:
-        inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *_three(biases, x_TD))
-        return tuple(torch.zeros_like(tensor) for tensor in inputs)  # type: ignore[return-value]
-    top_k, tiles = weights_TK.shape[1], _tiles(num_rows, w1_EID)
+        results = _results(x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, biases)
+        return tuple(torch.zeros_like(result) for result in results)  # type: ignore[return-value]
+    top_k, tiles = weights_TK.shape[1], _tiles(num_rows, w3_EID)
     if not len(h):
         h, _ = gemm.gate_up(
             x_TD,
@@ -157,11 +183,11 @@ def _backward(
             sorted_order,
             top_k,
             tiles.gate_up,
-            biases=ExpertBiases(*biases),
+            biases=_of_experts(biases),
             write_a=False,
         )
     # Spread once for two products, and gone before the memory peaks.
-    a_NI = h.new_empty(num_rows, w1_EID.shape[1])
+    a_NI = h.new_empty(num_rows, w3_EID.shape[1])
     dy = spread(dy_TD, sorted_order, top_k, beside=(h, a_NI))
     partial_PN = gemm.down_backward(
         dy,
@@ -171,29 +197,31 @@ def _backward(
         weights_TK,
         sorted_order,
         tiles.down_backward,
-        activation=_activation(form, limit, alpha),
+        activation=_activation(function, form, limit, alpha),
     )
     # Each temporary dies before the next large gradient is made: the order is the peak memory.
     dw2_EDI = weight_gradient.down_weight_gradient(
         dy, a_NI, w2_EDI, sorted_order, tiles.down_weight_gradient
     )
-    db1, db3, db2 = _three([], x_TD)
+    dbiases: list[Tensor] = []
     if biases:
-        db1, db3 = gate_up_bias_gradient(h, biases[0], biases[1], sorted_order)
-        db2 = down_bias_gradient(dy, biases[2], weights_TK, sorted_order)
+        dbiases = gate_up_bias_gradient(h, biases[:-1], sorted_order)
+        dbiases.append(down_bias_gradient(dy, biases[-1], weights_TK, sorted_order))
     del dy, a_NI
     dx_ND = gemm.input_gradient(h, w1_EID, w3_EID, sorted_order, tiles.input_gradient)
     dx_TD, dweights_TK = combine(dx_ND, sorted_order.row_of_pair_N, None, top_k, partial_PN)
     assert dweights_TK is not None
     if biases:
         assert experts_TK is not None
-        dweights_TK = add_bias_to_weight_gradient(dweights_TK, dy_TD, biases[2], experts_TK)
+        dweights_TK = add_bias_to_weight_gradient(dweights_TK, dy_TD, biases[-1], experts_TK)
     del dx_ND
     x = spread(x_TD, sorted_order, top_k)
     dw1_EID, dw3_EID = weight_gradient.gate_up_weight_gradient(
-        h, x, w1_EID, sorted_order, tiles.gate_up_weight_gradient
+        h, x, w3_EID, sorted_order, tiles.gate_up_weight_gradient
     )
-    return dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, db1, db3, db2
+    gate = None if w1_EID is None else dw1_EID
+    results = _results(dx_TD, dweights_TK, gate, dw3_EID, dw2_EDI, dbiases)
+    return tuple(results)  # type: ignore[return-value]
 
 
 _moe_backward = torch.library.custom_op("epctl::moe_backward", mutates_args=("h",))(_backward)
@@ -204,28 +232,29 @@ def _(
     dy_TD: Tensor,
     x_TD: Tensor,
     weights_TK: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     w2_EDI: Tensor,
     biases: list[Tensor],
     experts_TK: Tensor | None,
     h: Tensor,
     tables: list[Tensor],
+    function: str,
     form: str,
     limit: float,
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *_three(biases, x_TD))
-    return tuple(torch.empty_like(tensor) for tensor in inputs)  # type: ignore[return-value]
+    results = _results(x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, biases)
+    return tuple(torch.empty_like(result) for result in results)  # type: ignore[return-value]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, form, limit, alpha, *_ = inputs
+    x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI, biases, *gate, _, _ = inputs
     _, h, *tables = output
     # Otherwise autograd would hand the backward zero-filled gradients for H and the integers.
     ctx.set_materialize_grads(False)
-    ctx.gate = form, limit, alpha
-    ctx.num_biases = len(biases)
+    ctx.gate = gate
+    ctx.num_biases, ctx.has_gate = len(biases), w1_EID is not None
     of_biases = (*biases, experts_TK) if biases else ()
     ctx.save_for_backward(x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, h, *of_biases, *tables)
 
@@ -246,14 +275,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _keep(ctx, inputs, output)
 
 
+def _gradients(ctx: Any, results: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Returns the gradients of the operator's six tensors, and of its biases."""
+    dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, *dbiases = results
+    gate = dw1_EID if ctx.has_gate else None
+    return (dx_TD, None, dweights_TK, gate, dw3_EID, dw2_EDI), dbiases[3 - ctx.num_biases :]
+
+
 def _operator_backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if dy_TD is None:
-        return None, None, None, None, None, None, [None] * ctx.num_biases, *(None,) * 5
-    dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, *dbiases = _moe_backward(
-        dy_TD.contiguous(), *_kept(ctx)
-    )
-    gradients = (dx_TD, None, dweights_TK, dw1_EID, dw3_EID, dw2_EDI)
-    return *gradients, dbiases[: ctx.num_biases], *(None,) * 5
+        return *(None,) * 6, [None] * ctx.num_biases, *(None,) * RULE_LENGTH
+    tensors, biases = _gradients(ctx, _moe_backward(dy_TD.contiguous(), *_kept(ctx)))
+    return *tensors, biases, *(None,) * RULE_LENGTH
 
 
 _moe_forward.register_autograd(_operator_backward, setup_context=_save)
@@ -264,8 +297,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        (*tensors, form, limit, alpha, keep_h, num_rows), biases = inputs[:11], list(inputs[11:])
-        arguments = *tensors, biases, form, limit, alpha, keep_h, num_rows
+        tensors, rest = inputs[:6], inputs[6:]
+        arguments = *tensors, list(rest[RULE_LENGTH:]), *rest[:RULE_LENGTH]
         output: tuple[Tensor, ...] = _forward(*arguments)
         _keep(ctx, arguments, output)
         return output[0]
@@ -274,18 +307,17 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor | None) -> tuple[Any, ...]:
         if dy_TD is None:
-            return tuple([None] * (11 + ctx.num_biases))
+            return tuple([None] * (6 + RULE_LENGTH + ctx.num_biases))
         kept, alone = _kept(ctx), sees_only_autograd(dy_TD)
         run: Callable[..., tuple[Tensor, ...]] = _backward if alone else _moe_backward
-        dx_TD, dweights_TK, dw1_EID, dw3_EID, dw2_EDI, *dbiases = run(dy_TD.contiguous(), *kept)
+        tensors, biases = _gradients(ctx, run(dy_TD.contiguous(), *kept))
         # H was overwritten: another backward over this graph must find that out.
         increment_version(kept[H_OF_KEPT])
-        gradients = (dx_TD, None, dweights_TK, dw1_EID, dw3_EID, dw2_EDI)
-        return *gradients, *(None,) * 5, *dbiases[: ctx.num_biases]
+        return *tensors, *(None,) * RULE_LENGTH, *biases
 
 
 def _run(
-    tensors: tuple[Tensor, ...], biases: list[Tensor], rule: tuple[Any, ...], trains: bool
+    tensors: tuple[Tensor | None, ...], biases: list[Tensor], rule: tuple[Any, ...], trains: bool
 ) -> Tensor:
     if not sees_only_autograd(*tensors, *biases):
         y_TD: Tensor = _moe_forward(*tensors, biases, *rule)[0]
@@ -301,7 +333,7 @@ def moe_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    w1_EID: Tensor,
+    w1_EID: Tensor | None,
     w3_EID: Tensor,
     w2_EDI: Tensor,
     biases: ExpertBiases = NO_BIASES,
@@ -312,7 +344,7 @@ def moe_mlp(
 ) -> Tensor:
     """Returns the weighted sum of each token's experts, [T, D]; see `epctl.kernels.moe_mlp`.
 
-    Biases are all three or none.
+    Without `w1_EID` experts have no gate. Biases are of all projections that there are, or none.
 
     Raises:
         ValueError: tokens and expert weights differ in dtype, or the dtype has no kernel.
@@ -320,22 +352,27 @@ def moe_mlp(
     if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"the kernels take bfloat16, float16 or float32, not {x_TD.dtype}")
     of_experts = [bias for bias in biases if bias is not None]
-    differing = {w.dtype for w in (w1_EID, w3_EID, w2_EDI, *of_experts)} - {x_TD.dtype}
+    matrices = [w for w in (w1_EID, w3_EID, w2_EDI) if w is not None]
+    differing = {w.dtype for w in (*matrices, *of_experts)} - {x_TD.dtype}
     if differing:
         raise ValueError(f"x_TD is {x_TD.dtype}, but expert weights are {differing.pop()}")
-    if len(of_experts) not in (0, 3):
-        raise ValueError(f"{len(of_experts)} of the three projections have biases; all or none can")
-    inputs = (x_TD, weights_TK, w1_EID, w3_EID, w2_EDI, *of_experts)
+    if len(of_experts) not in (0, len(matrices)):
+        number = "three" if len(matrices) == 3 else "two"
+        raise ValueError(
+            f"{len(of_experts)} of the {number} projections have biases; all or none can"
+        )
+    inputs = (x_TD, weights_TK, *matrices, *of_experts)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     tensors = (
         x_TD.contiguous(),
         experts_TK.contiguous(),
         weights_TK.contiguous().float(),
-        w1_EID.contiguous(),
+        None if w1_EID is None else w1_EID.contiguous(),
         w3_EID.contiguous(),
         w2_EDI.contiguous(),
     )
     limit = float("inf") if activation.limit is None else activation.limit
     num_rows = experts_TK.numel() if num_held is None else num_held
-    rule = activation.form, limit, activation.alpha, trains and not recompute, num_rows
+    gate = activation.function, activation.form, limit, activation.alpha
+    rule = *gate, trains and not recompute, num_rows
     return _run(tensors, [bias.contiguous() for bias in of_experts], rule, trains)

@@ -46,15 +46,17 @@ FLOAT32_TILE = SymmetricTile(64, 64, 32, num_warps=4, num_stages=2, tma=False)
 
 # Of n^2, tiles compute 0.545 at n = 1408 with 128 x 128, 0.595 with 128 x 256, 0.694 with
 # 256 x 256; 0.556 at n = 576 with 64 x 64, 0.617 with 64 x 128, 0.741 with 128 x 128. Two programs
-# share a processor: one multiplies while the other writes (measured: muon_h100_202611.md).
-LARGE_TILE = SymmetricTile(128, 128, 64, num_warps=8, num_stages=3)
+# share a processor: one multiplies while the other writes (measured: muon_h100_202611.md). Four
+# warps have no registers left for a second, shifted result.
+LARGE_TILE = SymmetricTile(128, 128, 64, num_warps=4, num_stages=3)
+SHIFTED_TILE = SymmetricTile(128, 128, 64, num_warps=8, num_stages=3)
 SMALL_TILE = SymmetricTile(64, 128, 64, num_warps=4, num_stages=4)
-SMALL_ROWS = 640  # two tiles for all sizes: every further one compiles for seconds
+SMALL_ROWS = 640  # few tiles for all sizes: every further one compiles for seconds
 
 # What `epctl bench muon --products` tries.
 CANDIDATES = (
     LARGE_TILE,
-    SymmetricTile(128, 128, 64, num_warps=4, num_stages=3),
+    SHIFTED_TILE,
     SymmetricTile(128, 128, 32, num_warps=4, num_stages=4),
     SymmetricTile(128, 256, 64, num_warps=8, num_stages=4),
     SMALL_TILE,
@@ -62,11 +64,13 @@ CANDIDATES = (
 )
 
 
-def choose_tile(num_rows: int, dtype: torch.dtype) -> SymmetricTile:
-    """Returns the tile for symmetric results of `num_rows` rows."""
+def choose_tile(num_rows: int, dtype: torch.dtype, shifted: bool = False) -> SymmetricTile:
+    """Returns the tile for symmetric results of `num_rows` rows, with a shifted one or without."""
     if dtype.itemsize > 2:
         return FLOAT32_TILE
-    return SMALL_TILE if num_rows <= SMALL_ROWS else LARGE_TILE
+    if num_rows <= SMALL_ROWS:
+        return SMALL_TILE
+    return SHIFTED_TILE if shifted else LARGE_TILE
 
 
 def symmetric_matmul(
@@ -102,7 +106,7 @@ def symmetric_matmul(
     assert shifted is None or shifted.is_contiguous()
     if num_matrices == 0 or num_rows == 0:
         return out
-    tile = tile or choose_tile(num_rows, left_BRK.dtype)
+    tile = tile or choose_tile(num_rows, left_BRK.dtype, shifted is not None)
     transposed = left_BRK.stride(2) != 1
     use_tma = tile.tma and all(_has_window(x, transposed, tile) for x in (left_BRK, right_BRK))
     added = out if added_BRR is None else added_BRR

@@ -126,9 +126,9 @@ def store_window(tensor: Tensor, rows: int, columns: int, tile: Tile, use_tma: b
     return Window(tensor, rows, columns)
 
 
-def load_window(tensor: Tensor, rows: int, columns: int, use_tma: bool) -> Any:
-    """A [rows, columns] window over `tensor` with its leading dimensions flattened."""
-    if not use_tma:
+def load_window(tensor: Tensor | None, rows: int, columns: int, use_tma: bool) -> Any:
+    """A [rows, columns] window over `tensor`, its leading dimensions flattened; None of None."""
+    if tensor is None or not use_tma:
         return tensor
     return Window(tensor, rows, columns)
 

@@ -176,13 +176,18 @@ def down_weight_gradient(
 
 
 def gate_up_weight_gradient(
-    dh: Tensor, x: Tensor, w1_EID: Tensor, tables: RoutingTables, tile: Tile
+    dh: Tensor, x: Tensor, w3_EID: Tensor, tables: RoutingTables, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of w1 and w3, both [E, I, D]; `x` is what `spread` returns."""
-    dw1_EID, dw3_EID = torch.empty_like(w1_EID), torch.empty_like(w1_EID)
-    num_experts, intermediate, hidden = w1_EID.shape
-    use_tma = can_use_tma((w1_EID,))
-    grid = 2 * ceil_div(intermediate, tile.block_m) * ceil_div(hidden, tile.block_n)
+    """Returns the gradients of w1 and w3, both [E, I, D]; `x` is what `spread` returns.
+
+    Without a gate `dh` is [N, I], and both are w3's.
+    """
+    num_experts, intermediate, hidden = w3_EID.shape
+    halves = dh.shape[1] // intermediate
+    dw1_EID = torch.empty_like(w3_EID)
+    dw3_EID = torch.empty_like(w3_EID) if halves == 2 else dw1_EID
+    use_tma = can_use_tma((w3_EID,))
+    grid = halves * ceil_div(intermediate, tile.block_m) * ceil_div(hidden, tile.block_n)
     launch(
         _weight_gradient_kernel,
         (grid, num_experts),
@@ -194,9 +199,9 @@ def gate_up_weight_gradient(
         dw3_EID,
         tables.offsets_E,
         tables.padded_offsets_E,
-        SORTED_WIDTH=2 * intermediate,
+        SORTED_WIDTH=halves * intermediate,
         HIDDEN=hidden,
-        HALVES=2,
+        HALVES=halves,
         TRANSPOSED=False,
         **launch_options(tile, use_tma, dh.dtype),
     )

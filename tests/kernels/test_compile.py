@@ -23,7 +23,7 @@ CONSTANTS: dict[str, Any] = {
     "HIDDEN": 256, "INTERMEDIATE": 192, "USE_TMA": False, "TMA_STORE": False, "PRECISION": "ieee",
     "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8,
 }  # fmt: skip
-GATE = {"FORM": 0, "LIMIT": 7.0, "ALPHA": 1.702}
+GATE = {"FUNCTION": 0, "FORM": 0, "GATED": True, "LIMIT": 7.0, "ALPHA": 1.702}
 GATE_UP = dict.fromkeys(("x_ptr", "w1", "w3", "b1_ptr", "b3_ptr", "h", "h_ptr", "a", "a_ptr"), BF16)
 DOWN = dict.fromkeys(("a", "w2", "b2_ptr", "y", "y_ptr"), BF16)
 BACKWARD = dict.fromkeys(("dy", "w2", "h", "h_ptr", "a", "a_ptr"), BF16)
@@ -70,6 +70,27 @@ def test_grouped_products_compile(case: str, form: int) -> None:
     elif form:
         pytest.skip("no gate in this kernel")
     assert "wgmma" in compile_for_hopper(getattr(grouped_gemm, name), types, constants)
+
+
+@pytest.mark.parametrize(("function", "gated"), [(1, True), (2, False), (3, True), (4, False)])
+@pytest.mark.parametrize("case", ["gate up", "backward"])
+def test_activation_functions_compile(case: str, function: int, gated: bool) -> None:
+    from epctl.kernels import grouped_gemm
+
+    name, types, constants = CASES[case]
+    constants = {**constants, "FUNCTION": function, "GATED": gated}
+    if case == "gate up" and not gated:
+        types = {key: kind for key, kind in types.items() if key not in ("w1", "b1_ptr")}
+        constants |= {"w1": None, "b1_ptr": None}
+    assert "wgmma" in compile_for_hopper(getattr(grouped_gemm, name), types, constants)
+
+
+def test_input_gradient_without_a_gate_compiles() -> None:
+    from epctl.kernels import grouped_gemm
+
+    types = {**dict.fromkeys(("dh", "w3", "dx", "dx_ptr"), BF16), **TABLES}
+    constants = {**CONSTANTS, "GATED": False, "w1": None}
+    assert "wgmma" in compile_for_hopper(grouped_gemm._input_gradient_kernel, types, constants)
 
 
 def test_bias_gradient_compiles() -> None:

@@ -18,6 +18,7 @@ FILES = {
     "test_triton_variants.py": 15,
     "test_sparsemixer.py": 5,
     "test_token_rows.py": 5,
+    "test_triton_functions.py": 20,
     "test_cross_entropy.py": 12,
 }
 

@@ -60,17 +60,24 @@ def stack_bytes(compiled: Any, folder: Path) -> int:
     return int(found.group(1))
 
 
-# What is added is square, and square operands lie by rows.
-VARIANTS = {"X X^T": (False, False), "X^T X": (True, False), "square": (False, True)}
+# What is added is square, and square operands lie by rows: transposed, added, shifted.
+VARIANTS = {
+    "X X^T": (False, False, False),
+    "X^T X": (True, False, False),
+    "square": (False, True, False),
+    "shifted": (False, True, True),
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ["LARGE_TILE", "SMALL_TILE"])
-def test_symmetric_products_compile(name: str, variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_rows", [1408, 576])
+def test_symmetric_products_compile(num_rows: int, variant: str, tmp_path: Path) -> None:
+    import torch
+
     from epctl.kernels import symmetric
 
-    tile = getattr(symmetric, name)
-    transposed, added = VARIANTS[variant]
+    transposed, added, shifted = VARIANTS[variant]
+    tile = symmetric.choose_tile(num_rows, torch.float16, shifted)
     block = "{1},{0}" if transposed else "{0},{1}"
     strides = [f"{side}_stride_{dim}" for side in ("left", "right") for dim in "brk"]
     ones = [stride for stride in strides if stride[-1] == ("r" if transposed else "k")]
@@ -83,7 +90,7 @@ def test_symmetric_products_compile(name: str, variant: str, tmp_path: Path) -> 
         **dict.fromkeys(("alpha", "beta", "shift"), "fp32"),
     }
     constants = {
-        "HAS_ADDED": added, "HAS_SHIFTED": added, "USE_TMA": True, "TRANSPOSED": transposed,
+        "HAS_ADDED": added, "HAS_SHIFTED": shifted, "USE_TMA": True, "TRANSPOSED": transposed,
         "EVEN": True, "EVEN_K": True, "PRECISION": "tf32", **dict.fromkeys(ones, 1),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip

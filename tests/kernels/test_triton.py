@@ -239,7 +239,19 @@ def test_operators_tell_torch_the_truth(moe: ModuleType, make_problem: Callable)
     x, experts, weights, *matrices, _ = make_problem(20, 64, 64, 4, 2)
     torch.library.opcheck(
         moe._moe_forward,
-        (x.requires_grad_(), experts, weights, *matrices, [], "product", 1.0, 1.0, True, 40),
+        (
+            x.requires_grad_(),
+            experts,
+            weights,
+            *matrices,
+            [],
+            "silu",
+            "product",
+            1.0,
+            1.0,
+            True,
+            40,
+        ),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
