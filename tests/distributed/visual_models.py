@@ -40,20 +40,12 @@ def tokenizer() -> Any:
 
 def write_visual_model(name: str, folder: Path, *, template: bool = True, **changes: Any) -> Path:
     """Writes model, tokenizer and processor of `qwen2_5_vl` or `qwen3_vl_moe`."""
-    import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     config = sequence_models.CONFIGS[name](vocab_size=VOCAB, pad_token_id=PAD, **changes)
     config.image_token_id, config.video_token_id = IMAGE_ID, VIDEO_ID
     config.vision_start_token_id, config.vision_end_token_id = START_ID, END_ID
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, parameter in sorted(model.named_parameters()):
-            center = 1.0 if "norm" in key and key.endswith("weight") else 0.0
-            parameter.copy_(center + 0.1 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
+    write_weights(config, folder)
     tokenizer().save_pretrained(folder)
     processor = Qwen2VLImageProcessorPil(
         patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=32 * 32
@@ -62,6 +54,20 @@ def write_visual_model(name: str, folder: Path, *, template: bool = True, **chan
     if template:  # where Qwen2.5-VL's own repository has it
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return folder
+
+
+def write_weights(config: Any, folder: Path) -> None:
+    """Writes a model whose weights are larger than usual, so that every path has a gradient."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in sorted(model.named_parameters()):
+            center = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+            parameter.copy_(center + 0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
 
 
 def write_image(path: Path, width: int, height: int, seed: int) -> str:

@@ -1,5 +1,7 @@
 """Vision layouts, and the legal sequence-parallel sizes with a reason for each refusal."""
 
+import dataclasses
+
 import pytest
 from stored import namings, source
 
@@ -127,15 +129,18 @@ def test_text_only_model_has_no_vision():
     assert detect(published("mixtral")).vision is None
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
-def test_models_of_packed_patches_train(name):
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "internvl", "llava_next",
+     "llava_onevision", "idefics3"],
+)  # fmt: skip
+def test_models_of_patches_and_of_tiles_train(name):
     require_trainable(detect(source(name, namings(name)[-1])))
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("internvl", "takes whole images or tiles"),
         ("gemma3", "image tokens attend to each other in both directions"),
         ("siglip_vision_model", "without a decoder"),
     ],
@@ -143,3 +148,11 @@ def test_models_of_packed_patches_train(name):
 def test_other_images_are_refused_by_their_headers(name, reason):
     with pytest.raises(LayoutError, match=reason):
         require_trainable(detect(source(name, namings(name)[-1])))
+
+
+def test_a_config_without_an_image_token_is_refused():
+    """As InternVL's remote-code form: the token is the tokenizer's secret there."""
+    given = published("internvl")
+    config = {key: value for key, value in given.config.items() if key != "image_token_id"}
+    with pytest.raises(LayoutError, match="states no token that stands for images"):
+        require_trainable(detect(dataclasses.replace(given, config=config)))
