@@ -6,6 +6,7 @@ pixels. Special tokens, templates and how many tokens an image has are those of 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import visual_models
 
 IMAGE_ID = 260  # the first token after the byte tokenizer's own, whatever it is called
 TILE = {"height": 16, "width": 16}
+# transformers' Mistral3 cannot split off an image of a single token, so none is of 8 x 8.
+SIZES = [(24, 16), (40, 24), (12, 10), (16, 30), (64, 64)]
 _TEMPLATE = (
     "{%% for m in messages %%}<{{ m.role }}>"
     "{%% if m.content is string %%}{{ m.content }}{%% else %%}{%% for c in m.content %%}"
@@ -33,6 +36,7 @@ class Kind(NamedTuple):
         image: what the template writes for an image.
         settings: of processor_config.json, its class aside.
         plain: what the combined processor hands to the image processor.
+        needs: a package without which transformers makes no such processor.
     """
 
     config: Callable[..., Any]
@@ -41,6 +45,11 @@ class Kind(NamedTuple):
     image: str
     settings: dict[str, Any]
     plain: dict[str, Any]
+    needs: str = "PIL"
+
+    @property
+    def is_here(self) -> bool:
+        return importlib.util.find_spec(self.needs) is not None
 
 
 def _clip() -> Any:
@@ -77,6 +86,18 @@ def _idefics3() -> Any:
     return Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
 
 
+def _smolvlm() -> Any:
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    return SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+
+
+def _pixtral() -> Any:
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    return PixtralImageProcessorPil(size={"longest_edge": 40}, patch_size={"height": 4, "width": 4})
+
+
 def internvl_moe(**changes: Any) -> Any:
     """InternVL3.5-30B-A3B is a tower of tiles before Qwen3's experts."""
     from transformers import Qwen3MoeConfig
@@ -99,6 +120,11 @@ _INTERNVL = {
 _IDEFICS = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>"}
 _IDEFICS |= {"end_of_utterance_token": "<end_of_utterance>", "global_token": "<global-img>"}
 _IDEFICS |= {f"tile_{r}_{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}
+_PIXTRAL = {
+    "image_token": "[IMG]",
+    "image_break_token": "[IMG_BREAK]",
+    "image_end_token": "[IMG_END]",
+}
 # The tower's class token is counted and taken away again, or there is none.
 _CLASS = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 _OF_INTERNVL = (_got_ocr, _INTERNVL, "<IMG_CONTEXT>\n", {"image_seq_length": 4},
@@ -123,7 +149,22 @@ KINDS = {
         sequence_models.CONFIGS["idefics3"], _idefics3, _IDEFICS, "<image>",
         {"image_seq_len": 4}, {},
     ),
+    "smolvlm": Kind(
+        sequence_models.CONFIGS["smolvlm"], _smolvlm, _IDEFICS, "<image>",
+        {"image_seq_len": 4}, {}, "num2words",
+    ),
+    "pixtral": Kind(
+        sequence_models.CONFIGS["pixtral"], _pixtral, _PIXTRAL, "[IMG]",
+        {"patch_size": 4, "spatial_merge_size": 1}, {}, "torchvision",
+    ),
+    "mistral3": Kind(
+        sequence_models.CONFIGS["mistral3"], _pixtral, _PIXTRAL, "[IMG]",
+        {"patch_size": 4, "spatial_merge_size": 2}, {"patch_size": 8}, "torchvision",
+    ),
 }  # fmt: skip
+
+
+HERE = [name for name, kind in KINDS.items() if kind.is_here]
 
 
 def tokenizer(kind: Kind) -> Any:

@@ -7,6 +7,7 @@ tokens; the processor cuts patches of 4 x 4 pixels.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,12 @@ def write_image(path: Path, width: int, height: int, seed: int) -> str:
 SIZES = [(24, 16), (40, 24), (8, 8), (16, 30), (64, 64)]
 
 
-def write_chats(folder: Path, count: int = 24, video: bool = True) -> Path:
+def write_chats(
+    folder: Path,
+    count: int = 24,
+    video: bool = True,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+) -> Path:
     """Writes `chats.jsonl` and its images: columns, parts, marks, clips, and chats without any."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -90,7 +96,7 @@ def write_chats(folder: Path, count: int = 24, video: bool = True) -> Path:
         words = "word " * (n % 4 + 1)
         answer = {"role": "assistant", "content": f"it is {n} {words}"}
         images = [
-            "images/" + write_image(folder / f"images/{n}-{i}.png", *SIZES[(n + i) % 5], n * 9 + i)
+            "images/" + write_image(folder / f"images/{n}-{i}.png", *sizes[(n + i) % 5], n * 9 + i)
             for i in range((1, 2, 0, 1)[n % 4])
         ]
         record: dict[str, Any] = {"images": images}
