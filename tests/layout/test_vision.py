@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 from stored import namings, source
 
-from epctl.errors import LayoutError
+from epctl.config import resolve_config
+from epctl.errors import ConfigError, LayoutError
 from epctl.launch.model_reference import require_trainable
+from epctl.launch.planner_rules import model_limits, require_legal
 from epctl.layout.catalog import catalog_source
 from epctl.layout.detect import detect
 
@@ -148,6 +150,18 @@ def test_models_of_patches_and_of_tiles_train(name):
 def test_other_images_are_refused_by_their_headers(name, reason):
     with pytest.raises(LayoutError, match=reason):
         require_trainable(detect(source(name, namings(name)[-1])))
+
+
+@pytest.mark.parametrize(("name", "refused"), [("internvl", True), ("qwen2_vl", False)])
+def test_images_of_tiles_are_not_shared_among_samples(name, refused):
+    """Before a rank starts, as the library would refuse it on each."""
+    limits = model_limits(detect(published(name)))
+    config = resolve_config(flags={"parallel.share_images": True, "parallel.sp": 2}).config
+    if refused:
+        with pytest.raises(ConfigError, match="takes whole images or tiles"):
+            require_legal(config, 4, "cpu", limits)
+    else:
+        require_legal(config, 4, "cpu", limits)
 
 
 def test_a_config_without_an_image_token_is_refused():
