@@ -4,7 +4,8 @@ Shape suffixes: S tokens.
 
 The combined processor is called with one placeholder an image, as a user of transformers calls it,
 so tiles and tokens are the model's own for whatever it makes of an image: one square, a canvas of
-tiles, rows with marks between them. Its video half, which needs torchvision, is left out.
+tiles, rows with marks between them. Its video half, which needs torchvision, is left out: a clip is
+trained where its frames are images that are not cut (InternVL).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from epctl.errors import InputError, LayoutError
@@ -36,11 +38,12 @@ KNOWN = frozenset({"pixel_values", "image_sizes", "batch_num_images", "pixel_att
 _OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 MASK = "pixel_attention_mask"
 _PROBE = (64, 48)
+_UNCUT = "crop_to_patches"  # the setting by which InternVL's images become tiles, its frames not
 
 
 @dataclass(eq=False)
 class TileProcessor(VisualProcessor):
-    """Images as the model's own processor cuts them; a grid is (1, height, width) in pixels.
+    """Images as the model's own processor cuts them; a grid is (frames, height, width) in pixels.
 
     Attributes:
         combined: transformers' processor of the model, without its video half.
@@ -73,22 +76,58 @@ class TileProcessor(VisualProcessor):
     def clip_place(
         self, num_frames: int, fps: float, size: tuple[int, int], limits: VisualLimits
     ) -> Place:
-        raise LayoutError(f"`{self.config.model_type}`: epctl trains this model on images only")
+        width, height = size
+        clip = {"pixel_values_videos": [torch.empty(num_frames, 1)]}  # its length is asked for
+        text = self.combined.replace_video_token(clip, video_idx=0)
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        each = self._frame_tokens
+        if ids.count(self.image_id) != num_frames * each:
+            raise LayoutError(
+                f"`{self.config.model_type}`: {type(self.combined).__name__} writes a clip of "
+                f"{num_frames} frames with {ids.count(self.image_id)} image tokens, an image that "
+                f"is not cut has {each}; epctl trains this model on images only"
+            )
+        return Place(ids, (num_frames, height, width))
+
+    @functools.cached_property
+    def _frame_tokens(self) -> int:
+        from PIL import Image
+
+        found = self._processed([Image.new("RGB", _PROBE)], None, cut=False)
+        return int((found["input_ids"] == self.image_id).sum())
 
     def document(self, opened: Sequence[Opened], limits: VisualLimits) -> Document:
-        images = [o.images[0] for o in opened]
-        found = self._processed(images, limits.max_pixels) if images else {}
+        """Clips are images among the others, in the order of their tokens."""
+        images = [o.images[0] for o in opened if o.modality == "image"]
+        if len(images) == len(opened):  # in one call: the number of images may decide
+            inputs = self._inputs(self._processed(images, limits.max_pixels))
+        else:
+            apart = [
+                self._processed(o.images, limits.max_pixels)
+                if o.modality == "image"
+                else self._processed(o.images, limits.max_frame_pixels, cut=False)
+                for o in opened
+            ]
+            inputs = super().join([Document([], self._inputs(found)) for found in apart])
+        sizes = [o.images[0].size for o in opened]
+        grids = [(len(o.images), h, w) for o, (w, h) in zip(opened, sizes, strict=True)]
+        return Document(grids, inputs)
+
+    @staticmethod
+    def _inputs(found: Any) -> dict[str, Tensor]:
         inputs: dict[str, Tensor] = {name: found[name] for name in KNOWN & found.keys()}
-        if MASK in inputs:  # a batch of one sample, and its mask
-            inputs = {name: value[0] for name, value in inputs.items()}
-        return Document([(1, image.height, image.width) for image in images], inputs)
+        # With a mask they are a batch of one sample.
+        return {k: v[0] for k, v in inputs.items()} if MASK in inputs else inputs
 
     def join(self, documents: Sequence[Document]) -> dict[str, Tensor]:
         inputs = super().join(documents)
         return {k: v[None] for k, v in inputs.items()} if MASK in inputs else inputs
 
-    def _processed(self, images: Sequence[Any], max_pixels: int | None) -> Any:
+    def _processed(self, images: Sequence[Any], max_pixels: int | None, *, cut: bool = True) -> Any:
         """Returns what the model's processor makes of the images of one document.
+
+        Args:
+            cut: false for frames, which are not divided into tiles.
 
         Raises InputError, with their sizes, for images that it refuses.
         """
@@ -96,7 +135,11 @@ class TileProcessor(VisualProcessor):
         text = self.combined.image_token * len(images)
         try:
             return self.combined(
-                images=[fitting], text=[text], add_special_tokens=False, return_tensors="pt"
+                images=[fitting],
+                text=[text],
+                add_special_tokens=False,
+                return_tensors="pt",
+                **({} if cut else {_UNCUT: False}),
             )
         except ValueError as error:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
@@ -140,7 +183,9 @@ def load_tiles(
     """
     model = auto_class(config)._model_mapping[type(config)]
     combined = _combined(folder, config, copy.deepcopy(tokenizer), image_processor)
-    found = TileProcessor(tokenizer, config, image_id, None, combined, forward_parameters(model))
+    takes = forward_parameters(model)
+    video_id = _video_id(combined, takes, tokenizer)
+    found = TileProcessor(tokenizer, config, image_id, video_id, combined, takes)
     try:
         found.check()
     except (TypeError, AttributeError, KeyError) as error:
@@ -151,6 +196,13 @@ def load_tiles(
             "tokenizer_config.json from the model's page",
         ) from None
     return found
+
+
+def _video_id(combined: Any, takes: frozenset[str], tokenizer: Any) -> int | None:
+    """Returns the token that the template writes for a clip; None if its frames are no images."""
+    token = getattr(combined, "video_token", None)
+    as_images = hasattr(combined.image_processor, _UNCUT) and "pixel_values_videos" not in takes
+    return int(tokenizer.convert_tokens_to_ids(token)) if token and as_images else None
 
 
 def _combined(folder: Path, config: Any, tokenizer: Any, image_processor: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +58,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         {"name": name_of(c), "model": str(models[c[0]]), **dict(zip(keys, c[1:], strict=True))}
         for c in here
     ]
+    clips = write_chats(folder / "clips", sizes=SIZES)
     for case in cases:
+        case["videos"] = Path(case["model"]).name == "internvl"
+        if case["videos"]:
+            case["chats"] = str(clips)
         if case["name"] in RESUMED:
             case["then"] = RESUMED[case["name"]]
     return run_ranks("visual_ranks", 4, folder, str(chats), json.dumps(cases), timeout=800)
@@ -87,6 +92,11 @@ def test_some_rank_has_no_image(results: list[dict[str, Any]], model: str) -> No
     seen = [image for rank in results for name in names for image, _ in rank[name]["seen"]]
     assert False in seen
     assert True in seen
+
+
+def test_clips_stand_among_images(results: list[dict[str, Any]]) -> None:
+    names = [name_of(c) for c in CASES if c[0] == "internvl"]
+    assert all(rank[name]["videos"] == 3 for rank in results for name in names)
 
 
 @pytest.mark.parametrize("name", RESUMED)

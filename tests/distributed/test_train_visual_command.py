@@ -104,11 +104,8 @@ def test_a_dry_run_foresees_the_towers_memory(folder: Path) -> None:
 def test_a_check_compares_the_tower_too(folder: Path, model: str) -> None:
     """transformers on one rank against two ranks that share samples and experts."""
     run = folder / f"check-{model}"
-    chats = folder / "chats/chats.jsonl"
-    if model == "tiles":  # of which no clips are trained
-        chats = write_chats(folder / "images-only", video=False)
     result = epctl(
-        folder, model, "--data", str(chats), "--ep=2", "--sp=2", "--check",
+        folder, model, "--data", "chats/chats.jsonl", "--ep=2", "--sp=2", "--check",
         "-o", str(run), *(flag for flag in SMALL if not flag.startswith("--steps")),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

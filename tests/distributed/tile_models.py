@@ -23,7 +23,8 @@ SIZES = [(24, 16), (40, 24), (12, 10), (16, 30), (64, 64)]
 _TEMPLATE = (
     "{%% for m in messages %%}<{{ m.role }}>"
     "{%% if m.content is string %%}{{ m.content }}{%% else %%}{%% for c in m.content %%}"
-    "{%% if c.type == 'image' %%}%s{%% else %%}{{ c.text }}{%% endif %%}{%% endfor %%}{%% endif %%}"
+    "{%% if c.type == 'image' %%}%s{%% elif c.type == 'video' %%}<video>\n"
+    "{%% else %%}{{ c.text }}{%% endif %%}{%% endfor %%}{%% endif %%}"
     "<|im_end|>{%% endfor %%}{%% if add_generation_prompt %%}<assistant>{%% endif %%}"
 )
 
@@ -204,8 +205,9 @@ def write_tile_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def plain_images(name: str, images: list[Any]) -> dict[str, torch.Tensor]:
+def plain_images(name: str, images: list[Any], **settings: Any) -> dict[str, torch.Tensor]:
     """What the model's own image processor makes of the images of one document."""
     kind = KINDS[name]
-    found = dict(kind.processor()(images=[images], return_tensors="pt", **kind.plain))
+    given = kind.plain | settings
+    found = dict(kind.processor()(images=[images], return_tensors="pt", **given))
     return {k: v for k, v in found.items() if k not in ("num_patches", "rows", "cols")}

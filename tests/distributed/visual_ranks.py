@@ -39,7 +39,7 @@ from epctl.runtime.train import build
 from epctl.runtime.train_loop import TrainLoop
 from epctl.runtime.training_model import TrainingModel, load_tokenizer, open_checkpoint
 from epctl.runtime.visual_packed import PackedProcessor
-from epctl.runtime.visual_rows import VisualData, visuals_of
+from epctl.runtime.visual_rows import VisualData, VisualReader, visuals_of
 
 STEPS = 2
 ROWS = 4  # of a step, however they are dealt out
@@ -96,6 +96,8 @@ def plain_inputs(
     reader, kind = data.reader, Path(case["model"]).name
     inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": False}
     images = [reader.files.open(v.files[0]) for v in visuals if v.modality == "image"]
+    if kind in tile_models.KINDS and len(images) < len(visuals):
+        return inputs | {"pixel_values": torch.cat(list(frames_and_tiles(reader, kind, visuals)))}
     if kind in tile_models.KINDS:
         return inputs | (tile_models.plain_images(kind, images) if images else {})
     assert isinstance(reader.processor, PackedProcessor)
@@ -111,6 +113,20 @@ def plain_inputs(
     if visuals:
         inputs["mm_token_type_ids"] = kinds[None]
     return inputs
+
+
+def frames_and_tiles(reader: VisualReader, kind: str, visuals: list[Any]) -> Iterator[Any]:
+    """InternVL's clips are images that are not cut, in the order of their tokens."""
+    for visual in visuals:
+        if visual.modality == "image":
+            yield tile_models.plain_images(kind, [reader.files.open(visual.files[0])])[
+                "pixel_values"
+            ]
+        else:
+            frames = reader.files.frames(visual.files, visual.frames)
+            found = tile_models.plain_images(kind, frames, crop_to_patches=False)
+            assert len(found["pixel_values"]) == len(frames)
+            yield found["pixel_values"]
 
 
 def patches_of(frames: list[Any]) -> torch.Tensor:
@@ -226,7 +242,12 @@ def layout_run(
     for name, local in weights_of(run.engine.module):
         reference = expected[name].double()
         worst = max(worst, (float((local.double() - reference).norm() / reference.norm()), name))
-    result = {"history": history, "seen": seen, "worst": worst}
+    videos = sum(
+        v.modality == "video"
+        for document in range(len(run.data.train.documents.lengths))
+        for v in run.data.train.documents.visuals(document)  # type: ignore[attr-defined]
+    )
+    result = {"history": history, "seen": seen, "worst": worst, "videos": videos}
     if "then" in case:
         result["reload"] = reload(run, case)
     run.engine.destroy()
@@ -269,11 +290,11 @@ def data_of(
     )
     assert isinstance(data, VisualData), type(data)
     assert facts.images, facts
-    assert facts.videos or Path(case["model"]).name in tile_models.KINDS, facts
+    assert facts.videos or not case.get("videos", True), facts
     return data
 
 
-def main(folder: Path, chats: str, cases: list[dict[str, Any]]) -> None:
+def main(folder: Path, common_chats: str, cases: list[dict[str, Any]]) -> None:
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=400))
     torch.set_num_threads(1)
     solo = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
@@ -281,6 +302,7 @@ def main(folder: Path, chats: str, cases: list[dict[str, Any]]) -> None:
     results = {}
     for case in cases:
         key = (case["model"], case["optim"])
+        chats = case.get("chats", common_chats)
         if key not in plain:
             mesh = seams.create_mesh(1, 1)
             data = data_of(case, chats, folder, mesh, open_model(case["model"]))

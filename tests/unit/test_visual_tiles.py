@@ -201,6 +201,23 @@ def test_a_file_that_changed_is_named_by_its_pixels(folders: Path, tmp_path: Pat
         reader.document([visual])
 
 
+def test_a_clip_is_frames_that_are_not_cut(folders: Path, tmp_path: Path) -> None:
+    """InternVL's frames are written with a number each and enter as images, in their place."""
+    processor = load(folders / "internvl")
+    place = processor.clip_place(3, 2.0, (64, 64), LIMITS)
+    one = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
+    assert processor.tokenizer.decode(place.ids) == "\n".join(f"Frame{n}: {one}" for n in (1, 2, 3))
+    assert place.grid == (3, 64, 64)
+    frames, image = [noise((64, 64))] * 3, noise((24, 16))
+    document = processor.document([Opened("video", frames), Opened("image", [image])], LIMITS)
+    assert document.grids == [(3, 64, 64), (1, 16, 24)]
+    pixels = document.inputs["pixel_values"]
+    alone = tile_models.plain_images("internvl", [image])["pixel_values"]
+    assert len(pixels) == 3 + len(alone)
+    assert torch.equal(pixels[3:], alone)
+    assert torch.equal(pixels[0], pixels[2])
+
+
 def test_a_clip_is_refused_by_its_record(folders: Path, tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats")
     with pytest.raises(InputError, match="line 3: the model \\(`llava`\\) takes no video"):
@@ -249,6 +266,17 @@ def test_a_processor_that_is_not_whole_is_refused(
     (folder / file).write_text(json.dumps(after))
     with pytest.raises(error, match=message):
         load(folder)
+
+
+def test_a_clip_that_is_written_in_another_way_is_refused(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = load(folders / "internvl")
+    monkeypatch.setattr(processor.combined, "image_seq_length", 5)
+    assert processor._frame_tokens == 5
+    monkeypatch.setattr(processor.combined, "image_seq_length", 3)
+    with pytest.raises(LayoutError, match=r"clip of 2 frames with 6 image tokens, .* has 5"):
+        processor.clip_place(2, 2.0, (64, 64), LIMITS)
 
 
 def test_what_comes_with_pixels_and_is_not_known_is_refused(
