@@ -35,7 +35,8 @@ class ParallelSection(Section):
     ep: int = Field(1, ge=1, description="expert parallel size")
     sp: int = Field(1, ge=1, description="sequence parallel size: ranks that share each sample")
     share_images: bool = Field(
-        False, description="all ranks encode the images of all their samples in even shares"
+        False,
+        description="all ranks encode all their samples' images (packed patches) in even shares",
     )
     zero: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage")
     num_ranks: int | None = Field(

@@ -56,7 +56,7 @@ class DataSection(Section):
     max_frame_pixels: int = Field(
         602_112, ge=1, description="the same for a frame of a video (768 tokens of 28 x 28 pixels)"
     )
-    video_fps: float = Field(2.0, gt=0, description="frames taken of a second of video")
+    video_fps: float = Field(2.0, gt=0, description="frames taken of a second of a video file")
     max_frames: int = Field(64, ge=1, description="frames of a video; more are thinned out")
     split: str = Field("train", description="split of a hub dataset")
     eval_split: str = Field("validation", description="split of a hub dataset in `eval`")

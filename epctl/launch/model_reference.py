@@ -105,11 +105,11 @@ def _require_known_images(layout: ModelLayout, vision: VisionLayout) -> None:
             f"{refused[0]}",
             hint=f"`epctl inspect {layout.id}` shows what is known of it",
         )
-    if vision.temporal_patch_size is None:
+    if vision.image_token_id is None:
         raise LayoutError(
-            f"`{layout.id}`: its tower (`{tower}`) takes whole images or tiles; `epctl train` "
-            "takes models of packed patches, as the Qwen-VL kind",
-            hint="the library trains others: docs/sequence-parallel.md",
+            f"`{layout.id}` (model_type `{layout.model_type}`): its config states no token that "
+            "stands for images, so their places in a text are not known",
+            hint="a copy in the transformers form (`-hf`) states `image_token_id`",
         )
 
 

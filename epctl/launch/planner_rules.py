@@ -20,11 +20,13 @@ class ModelLimits:
     """
 
     num_experts: int | None
+    packs_patches: bool = True
 
 
 def model_limits(layout: ModelLayout) -> ModelLimits:
     """Returns the limits that a layout sets."""
-    return ModelLimits(layout.moe.num_experts if layout.moe else None)
+    packs_patches = layout.vision is None or layout.vision.temporal_patch_size is not None
+    return ModelLimits(layout.moe.num_experts if layout.moe else None, packs_patches)
 
 
 def require_legal(config: RunConfig, num_ranks: int, device: str, limits: ModelLimits) -> None:
@@ -33,6 +35,12 @@ def require_legal(config: RunConfig, num_ranks: int, device: str, limits: ModelL
         raise ConfigError(
             f"expert parallel size {config.parallel.ep} for a model without routed experts",
             hint="use `--ep 1`",
+        )
+    if config.parallel.share_images and not limits.packs_patches:
+        raise ConfigError(
+            "`parallel.share_images` deals out packed patches, and the tower of this model takes "
+            "whole images or tiles",
+            hint="leave it out: the ranks of a sample share its images all the same (`--sp N`)",
         )
     validate_expert_parallel(config.parallel.ep, num_ranks, limits.num_experts)
     validate_sequence_parallel(config.parallel.sp, num_ranks)

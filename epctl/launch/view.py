@@ -283,7 +283,10 @@ def _frozen_row(event: Event) -> list[tuple[str, str]]:
     if not event["num_frozen"]:
         return []
     count = format_count(event["num_frozen"])
-    return [("frozen", f"{count} parameters (trained: {event['trained']}), no optimizer state")]
+    why = f"trained: {event['trained']}"
+    if event["trained"] == "all":  # a vision tower's last layer, where an earlier one is looked at
+        why = "no loss reaches them"
+    return [("frozen", f"{count} parameters ({why}), no optimizer state")]
 
 
 def _sequence(event: Event) -> str:

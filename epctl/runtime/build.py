@@ -19,7 +19,8 @@ from epctl.runtime.mesh import Mesh, validate_expert_parallel
 from epctl.runtime.moe import ExpertParallelMoE
 from epctl.runtime.moe_blocks import count_experts, swap_moe_blocks
 from epctl.runtime.names import hub_tensors
-from epctl.runtime.native_config import auto_class
+from epctl.runtime.native_config import auto_class, is_visual
+from epctl.runtime.sequence.units import unreached
 from epctl.runtime.trainable import select_trainable
 from epctl.runtime.weights import WeightSource
 
@@ -55,7 +56,10 @@ def build_model(
         swap_moe_blocks(model, config, mesh, dtype)
         fuse_norms(model)
     weights.note_names(model)
+    unused = unreached(model) if is_visual(config) else []
     select_trainable(model, trainable, num_experts)
+    for parameter in unused:
+        parameter.requires_grad_(False)
     ties = tied_owners(model)
     for prefix, module in load_units(model):
         materialize(module, prefix, weights, device, ties)

@@ -16,6 +16,9 @@ from torch import Tensor
 PARTS = (
     ("vision", ".visual."),
     ("vision", "vision_"),
+    ("vision", "projector."),
+    ("vision", "connector."),
+    ("vision", "image_newline"),
     ("embedding", ".embed_tokens."),
     ("head", "lm_head."),
     ("attention", "attn."),

@@ -26,6 +26,8 @@ from epctl.runtime.names import hub_tensors, join
 from epctl.runtime.random_state import random_state
 from epctl.runtime.stored_tensors import values_of
 
+COUNTER = "tokens_per_expert"  # of a router, see `moe.count_tokens`
+
 
 @dataclass
 class Snapshot:
@@ -90,14 +92,15 @@ def random_name(rank: int) -> str:
 
 
 def counters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields what ranks count apart, such as tokens an expert: buffers of whole numbers.
+    """Yields what ranks count apart, the tokens an expert.
 
-    A checkpoint holds their sum, which one rank gets back.
+    A checkpoint holds their sum, which one rank gets back. By name: a vision tower's `position_ids`
+    are whole numbers outside of the checkpoint, too, and their sum is of no use to any rank.
     """
     for path, child in module.named_modules():
-        for leaf, buffer in child.named_buffers(recurse=False):
-            if leaf in child._non_persistent_buffers_set and buffer.dtype == torch.int64:
-                yield join(path, leaf), buffer
+        counter = child._buffers.get(COUNTER)
+        if counter is not None and counter.dtype == torch.int64:
+            yield join(path, COUNTER), counter
 
 
 def buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

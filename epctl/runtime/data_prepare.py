@@ -38,9 +38,9 @@ from epctl.runtime.data_store import (
 )
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.run_settings import num_steps, rows_per_step
-from epctl.runtime.visual_encode import VisualChatEncoder, VisualLimits
+from epctl.runtime.visual_encode import VisualChatEncoder
 from epctl.runtime.visual_files import VisualFiles
-from epctl.runtime.visual_processor import VisualProcessor
+from epctl.runtime.visual_processor import VisualLimits, VisualProcessor
 from epctl.runtime.visual_records import Columns
 from epctl.runtime.visual_rows import VisualData, VisualReader, usable_lengths, without_empty
 
@@ -127,7 +127,8 @@ def load_data(
         encoder = _encoder(config, manifest.format, tokenizer, reader)
         manifest = _prepare(config, folder, mesh, source, encoder, vocab_size, manifest, wanted)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    train, held_out = _rows(config, folder, manifest, pad_id)
+    together = reader is not None and reader.processor.together
+    train, held_out = _rows(config, folder, manifest, pad_id, together=together)
     lengths = train.documents.lengths
     counts = manifest.counts
     facts = DataFacts(
@@ -312,7 +313,7 @@ def _over_ranks(tokens: int, exhausted: bool) -> tuple[int, bool]:
 
 
 def _rows(
-    config: RunConfig, folder: Path, manifest: Manifest, pad_id: int
+    config: RunConfig, folder: Path, manifest: Manifest, pad_id: int, *, together: bool
 ) -> tuple[PackedRows, PackedRows]:
     """Returns (training rows, held-out rows): by document, or the last rows of too few documents.
 
@@ -328,6 +329,7 @@ def _rows(
             manifest.format,
             pad_id,
             packing=config.data.packing,
+            together=together,
         )
         for split in ("train", "eval")
     )
@@ -348,10 +350,16 @@ def _rows(
 
 
 def _packed(
-    documents: StoredDocuments, length: int, kind: str, pad_id: int, *, packing: bool
+    documents: StoredDocuments,
+    length: int,
+    kind: str,
+    pad_id: int,
+    *,
+    packing: bool,
+    together: bool,
 ) -> PackedRows:
     if kind == "messages":
-        usable = usable_lengths(documents, length)
+        usable = usable_lengths(documents, length, together=together)
         spans = without_empty(whole_spans(usable, length, packing=packing))
     elif packing:
         spans = stream_spans(documents.lengths, length)

@@ -24,11 +24,8 @@ from epctl.runtime.load import CheckpointWeights, leftover_tensors
 from epctl.runtime.moe_blocks import moe_layout
 from epctl.runtime.native_config import config_of, is_visual, text_config
 from epctl.runtime.sequence.detect import find_parts
-from epctl.runtime.visual_processor import (
-    VisualProcessor,
-    copy_processor,
-    load_visual_processor,
-)
+from epctl.runtime.visual_load import copy_processor, load_visual_processor
+from epctl.runtime.visual_processor import VisualProcessor
 from epctl.runtime.weights import RandomWeights, WeightSource
 
 GENERATION_NAME = "generation_config.json"

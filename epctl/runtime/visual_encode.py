@@ -14,19 +14,8 @@ from typing import Any
 from epctl.errors import InputError
 from epctl.runtime.data_encode import ChatEncoder, Encoded
 from epctl.runtime.visual_files import VisualFiles
-from epctl.runtime.visual_processor import VisualProcessor
+from epctl.runtime.visual_processor import VisualLimits, VisualProcessor
 from epctl.runtime.visual_records import Columns, Modality, Source, StoredVisual, read_visuals
-
-
-@dataclass(frozen=True)
-class VisualLimits:
-    """How large images and clips may become."""
-
-    sequence_length: int
-    max_pixels: int | None = None
-    max_frame_pixels: int | None = None
-    fps: float = 2.0
-    max_frames: int = 64
 
 
 @dataclass(frozen=True)
@@ -66,19 +55,22 @@ class VisualChatEncoder(ChatEncoder):
         messages, sources = read_visuals(record, messages, self.columns, where)
         text = super().__call__({**record, self.key: messages}, where)
         placed: dict[Modality, list[_Placed]] = {
-            "image": [self._image(s, where, folder) for s in sources if s.modality == "image"],
+            "image": self._images([s for s in sources if s.modality == "image"], where, folder),
             "video": [self._clip(s, where, folder) for s in sources if s.modality == "video"],
         }
         return self._with_visuals(text, placed, where)
 
-    def _image(self, source: Source, where: str, folder: Path | None) -> _Placed:
-        name = self.files.keep(source.value, folder, where)
-        image = self.files.open(name)
-        grid = self.processor.image_grid(image.width, image.height, self.limits.max_pixels)
-        ids = self.processor.image_ids(grid)
-        what = f"the image `{name}` of {image.width} x {image.height} pixels"
-        self._require_room(ids, what, "data.max_pixels", where)
-        return _Placed(ids, StoredVisual("image", (name,), (), grid, 0, 0), what)
+    def _images(self, sources: list[Source], where: str, folder: Path | None) -> list[_Placed]:
+        """Returns the images of one document."""
+        placed = []
+        for source in sources:
+            name = self.files.keep(source.value, folder, where)
+            size = self.files.open(name).size
+            ids, grid = self.processor.image_place(size, len(sources), self.limits)
+            what = f"the image `{name}` of {size[0]} x {size[1]} pixels"
+            self._require_room(ids, what, "data.max_pixels", where)
+            placed.append(_Placed(ids, StoredVisual("image", (name,), (), grid, 0, 0), what))
+        return placed
 
     def _clip(self, source: Source, where: str, folder: Path | None) -> _Placed:
         limits, processor = self.limits, self.processor
@@ -88,8 +80,7 @@ class VisualChatEncoder(ChatEncoder):
             source.value, folder, where,
             own_fps=source.fps, fps=limits.fps, max_frames=limits.max_frames,
         )  # fmt: skip
-        grid = processor.clip_grid(facts.num_frames, *facts.size, limits.max_frame_pixels)
-        ids = processor.clip_ids(grid, facts.num_frames, facts.fps)
+        ids, grid = processor.clip_place(facts.num_frames, facts.fps, facts.size, limits)
         width, height = facts.size
         what = f"the clip `{facts.files[0]}` of {facts.num_frames} frames of {width} x {height}"
         self._require_room(ids, what, "data.max_frames", where)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from epctl.errors import InputError
+from epctl.runtime.visual_video import VideoFacts, is_video, measure, read_frames
 
 FOLDER = "visuals"
 
@@ -119,24 +120,28 @@ class VisualFiles:
             rate = (own_fps or fps) * len(kept) / len(names)
             return ClipFacts(tuple(names[n] for n in kept), (), rate, sizes.pop())
         name = self.keep(value, base, where)
-        count, stated, size = self._measure(name, where)
+        count, stated, size = self._measure(name, f"{where}: ")
         rate = own_fps or stated or fps
         wanted = max(1, min(count, max_frames, round(count / rate * fps)))
         return ClipFacts((name,), tuple(_spread(count, wanted)), rate * wanted / count, size)
 
-    def _measure(self, name: str, where: str) -> tuple[int, float | None, tuple[int, int]]:
-        """Returns frames, frames a second if the file says, and size of a clip in one file."""
+    def _measure(self, name: str, where: str) -> VideoFacts:
+        """Returns what there is of a clip in one file."""
         path = self._path(name)
-        with _errors(path, f"{where}: ") as image:
+        if is_video(path):
+            return measure(path, where)
+        with _errors(path, where) as image:
             count = getattr(image, "n_frames", 1)
             milliseconds = image.info.get("duration")
-            return count, 1000 / milliseconds if milliseconds else None, image.size
+            return VideoFacts(count, 1000 / milliseconds if milliseconds else None, image.size)
 
     def frames(self, files: Sequence[str], frames: Sequence[int]) -> list[Any]:
         """Returns the images of a clip."""
         if not frames:
             return [self.open(name) for name in files]
         path = self._path(files[0])
+        if is_video(path):
+            return read_frames(path, frames)
         with _errors(path) as image:
             found = []
             for frame in frames:
@@ -174,8 +179,7 @@ class _errors:
         return InputError(
             f"{self.where}`{self.path}` is no image that can be read: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            hint="videos are frames: a list of images, a folder of them, or an animated "
-            "GIF, WebP or PNG (`ffmpeg -i clip.mp4 -vf fps=2 frames/%05d.jpg`)",
+            hint="a video is given as such: under `videos`, or as a part of type `video`",
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from epctl.errors import InputError
 
 Modality = Literal["image", "video"]
+Grid = tuple[int, int, int]  # of frames, height and width
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 _MARK = re.compile(r"<(image|video)>")
 # Where a part may name its file.
@@ -41,7 +42,7 @@ class StoredVisual:
     Attributes:
         files: one file, or one a frame.
         frames: which frames of a file with several; empty for all there is.
-        grid: frames, height and width in patches.
+        grid: frames, height and width in what the processor counts: patches or pixels.
         start, stop: from its first token to past its last.
         fps: frames a second of those kept.
     """
@@ -49,7 +50,7 @@ class StoredVisual:
     modality: Modality
     files: tuple[str, ...]
     frames: tuple[int, ...]
-    grid: tuple[int, int, int]
+    grid: Grid
     start: int
     stop: int
     fps: float = 1.0

@@ -1,6 +1,6 @@
 """Packed rows of documents with images: rotary positions by document, pixels when drawn.
 
-Shape suffixes: B sequences, S tokens, R patch rows, F values of a row. Positions of a row are
+Shape suffixes: B sequences, S tokens. Positions of a row are
 [S], or [4, S] where the model has rotary positions of its own: a count that restarts at each
 document, by which attention is kept apart, above time, height and width.
 """
@@ -18,13 +18,9 @@ from torch import Tensor
 from epctl.errors import InputError
 from epctl.runtime.data_batch import Batch, PackedData
 from epctl.runtime.data_packing import IGNORED, Documents, Integers, PackedRows, Span
-from epctl.runtime.visual_encode import VisualLimits
 from epctl.runtime.visual_files import VisualFiles
-from epctl.runtime.visual_processor import Grid, Pixels, VisualProcessor
-from epctl.runtime.visual_records import MODALITIES, Modality, StoredVisual
-
-PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
-GRIDS: dict[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
+from epctl.runtime.visual_processor import Document, Opened, VisualLimits, VisualProcessor
+from epctl.runtime.visual_records import StoredVisual
 
 
 class VisualDocuments(Documents, Protocol):
@@ -34,21 +30,33 @@ class VisualDocuments(Documents, Protocol):
         """Returns the images and clips of a document, in the order of its tokens."""
 
 
-def usable_lengths(documents: VisualDocuments, length: int) -> Integers:
+def usable_lengths(documents: VisualDocuments, length: int, *, together: bool = False) -> Integers:
     """Returns how many tokens of each document a row of `length` takes.
 
-    What is longer loses its end, and an image that the cut would go through goes whole. A document
-    of which nothing is left to learn has length 0.
+    What is longer loses its end. A document of which nothing is left to learn has length 0.
+
+    Args:
+        together: of the model's processor; see `whole_stop`.
     """
     lengths = documents.lengths.copy()
     for document in np.flatnonzero(lengths > length).tolist():
-        stop = length
-        for visual in documents.visuals(document):
-            if visual.start < stop < visual.stop:
-                stop = visual.start
+        stop = whole_stop(documents.visuals(document), length, together=together)
         _, trained = documents.tokens(document, 0, stop)
         lengths[document] = stop if trained[1:].any() else 0
     return lengths
+
+
+def whole_stop(visuals: Sequence[StoredVisual], stop: int, *, together: bool) -> int:
+    """Returns where a document that must end before `stop` ends: no image is cut apart.
+
+    Args:
+        together: images that are cut as the others of their document let them go as one.
+    """
+    for visual in visuals:
+        if visual.start < stop < visual.stop:
+            stop = visual.start
+    lost = [visual for visual in visuals if visual.stop > stop]
+    return min(stop, visuals[0].start) if together and lost else stop
 
 
 def without_empty(rows: Iterable[list[Span]]) -> list[list[Span]]:
@@ -65,33 +73,30 @@ class VisualReader:
     files: VisualFiles
     limits: VisualLimits
 
-    def pixels(self, visual: StoredVisual) -> Pixels:
-        """Returns the rows of an image or clip, read from the disk now.
+    def document(self, visuals: Sequence[StoredVisual]) -> Document:
+        """Returns a document's images as the model is given them, read from the disk now.
 
-        Raises InputError if the file is not what it was when its tokens were counted.
+        Raises InputError if a file is not what it was when its tokens were counted.
         """
-        if visual.modality == "image":
-            image = self.files.open(visual.files[0])
-            found = self.processor.image(image, self.limits.max_pixels)
-        else:
-            frames = self.files.frames(visual.files, visual.frames)
-            found = self.processor.clip(frames, self.limits.max_frame_pixels)
-        if found.grid != visual.grid:
-            raise InputError(
-                f"`{visual.files[0]}` has changed: {found.grid} patches now (frames, height, "
-                f"width), {visual.grid} when its tokens were counted",
-                hint="put the old file back, or start a new run",
-            )
+        opened = [Opened(v.modality, self._open(v)) for v in visuals]
+        found = self.processor.document(opened, self.limits)
+        for visual, grid in zip(visuals, found.grids, strict=True):
+            if grid != visual.grid:
+                raise InputError(
+                    f"`{visual.files[0]}` has changed: {grid} {self.processor.grid_unit} now "
+                    f"(frames, height, width), {visual.grid} when its tokens were counted",
+                    hint="put the old file back, or start a new run",
+                )
         return found
 
-    def positions(self, ids_S: Tensor, visuals: Sequence[StoredVisual]) -> Tensor | None:
-        """Returns rotary positions [3, S] of a document, None where the model has none."""
-        grids: dict[Modality, list[Grid]] = {
-            m: [v.grid for v in visuals if v.modality == m] for m in MODALITIES
-        }
-        apart = self.processor.frames_per_row
-        seconds = [apart / v.fps for v in visuals if v.modality == "video"]
-        return self.processor.positions(ids_S, grids["image"], grids["video"], seconds)
+    def _open(self, visual: StoredVisual) -> list[Any]:
+        if visual.modality == "image":
+            return [self.files.open(visual.files[0])]
+        return self.files.frames(visual.files, visual.frames)
+
+    def inputs(self, documents: Iterable[Sequence[StoredVisual]]) -> dict[str, Tensor]:
+        """Returns the images of several documents as one batch; nothing of documents without."""
+        return self.processor.join([self.document(visuals) for visuals in documents if visuals])
 
 
 class VisualData(PackedData):
@@ -116,9 +121,12 @@ class VisualData(PackedData):
                 spans, batch.ids_BS, batch.positions_BS, strict=True  # type: ignore[arg-type]
             )
         ]  # fmt: skip
-        visuals = [v for row in spans for span in row for v in visuals_of(rows.documents, span)]
+        visuals = [visuals_of(rows.documents, span) for row in spans for span in row]
         return Batch(
-            batch.ids_BS, batch.labels_BS, torch.stack(positions, dim=-2), self._inputs(visuals)
+            batch.ids_BS,
+            batch.labels_BS,
+            torch.stack(positions, dim=-2),
+            self.reader.inputs(visuals),
         )
 
     def _positions(
@@ -129,22 +137,13 @@ class VisualData(PackedData):
         place = 0
         for span in spans:
             here = slice(place, place + span.num_tokens)
-            found = self.reader.positions(ids_S[here], visuals_of(rows.documents, span))
+            visuals = visuals_of(rows.documents, span)
+            found = self.reader.processor.positions(ids_S[here], visuals)
             if found is None:
                 return text_S
             rotary[:, here] = found
             place = here.stop
         return torch.cat((text_S[None], rotary))
-
-    def _inputs(self, visuals: list[StoredVisual]) -> dict[str, Any]:
-        inputs: dict[str, Any] = {}
-        for modality in MODALITIES:
-            own = [v for v in visuals if v.modality == modality]
-            if own:
-                pixels = [self.reader.pixels(visual) for visual in own]
-                inputs[PIXELS[modality]] = torch.cat([p.rows_RF for p in pixels])
-                inputs[GRIDS[modality]] = torch.tensor([p.grid for p in pixels])
-        return inputs
 
     def prompt(self, num_tokens: int) -> list[int]:
         """Returns a held-out document up to where the model begins to speak."""
@@ -155,9 +154,10 @@ class VisualData(PackedData):
         ids, stop = self._first_turn(num_tokens)
         span = self.held_out.spans[0][0]
         visuals = [v for v in visuals_of(self.held_out.documents, span) if v.stop <= stop]
-        ids_S = torch.tensor(ids[:stop])
-        kinds = {"mm_token_type_ids": self.reader.processor.kinds(ids_S)[None]} if visuals else {}
-        return {**self._inputs(visuals), **kinds}
+        if not visuals:
+            return {}
+        beside = self.reader.processor.prompt_inputs(torch.tensor(ids[:stop]))
+        return {**self.reader.inputs([visuals]), **beside}
 
     def _first_turn(self, num_tokens: int) -> tuple[list[int], int]:
         """Returns a held-out row's ids and where its prompt ends, no image cut apart."""
@@ -166,7 +166,9 @@ class VisualData(PackedData):
         learned = np.flatnonzero(row.labels_S != IGNORED)
         span = self.held_out.spans[0][0]
         stop = int(learned[0]) if len(learned) else min(num_tokens, span.num_tokens)
-        return ids, max(1, stop)
+        visuals = visuals_of(self.held_out.documents, span)
+        together = self.reader.processor.together
+        return ids, max(1, whole_stop(visuals, stop, together=together))
 
 
 def visuals_of(documents: Any, span: Span) -> list[StoredVisual]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from launch import rank_environment
+from tile_models import write_tile_model
 from visual_models import write_chats, write_visual_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -31,6 +32,7 @@ SMALL = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("command")
     write_visual_model("qwen3_vl_moe", root / "model")
+    write_tile_model("internvl_moe", root / "tiles")
     write_chats(root / "chats")
     return root
 
@@ -98,11 +100,12 @@ def test_a_dry_run_foresees_the_towers_memory(folder: Path) -> None:
     assert json.loads(result.stdout)["memory"]["peak_bytes"] > 0
 
 
-def test_a_check_compares_the_tower_too(folder: Path) -> None:
+@pytest.mark.parametrize("model", ["model", "tiles"])
+def test_a_check_compares_the_tower_too(folder: Path, model: str) -> None:
     """transformers on one rank against two ranks that share samples and experts."""
-    run = folder / "check"
+    run = folder / f"check-{model}"
     result = epctl(
-        folder, "model", "--data", "chats/chats.jsonl", "--ep=2", "--sp=2", "--check",
+        folder, model, "--data", "chats/chats.jsonl", "--ep=2", "--sp=2", "--check",
         "-o", str(run), *(flag for flag in SMALL if not flag.startswith("--steps")),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -7,6 +7,7 @@ tokens; the processor cuts patches of 4 x 4 pixels.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +41,12 @@ def tokenizer() -> Any:
 
 def write_visual_model(name: str, folder: Path, *, template: bool = True, **changes: Any) -> Path:
     """Writes model, tokenizer and processor of `qwen2_5_vl` or `qwen3_vl_moe`."""
-    import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     config = sequence_models.CONFIGS[name](vocab_size=VOCAB, pad_token_id=PAD, **changes)
     config.image_token_id, config.video_token_id = IMAGE_ID, VIDEO_ID
     config.vision_start_token_id, config.vision_end_token_id = START_ID, END_ID
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, parameter in sorted(model.named_parameters()):
-            center = 1.0 if "norm" in key and key.endswith("weight") else 0.0
-            parameter.copy_(center + 0.1 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
+    write_weights(config, folder)
     tokenizer().save_pretrained(folder)
     processor = Qwen2VLImageProcessorPil(
         patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=32 * 32
@@ -62,6 +55,20 @@ def write_visual_model(name: str, folder: Path, *, template: bool = True, **chan
     if template:  # where Qwen2.5-VL's own repository has it
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return folder
+
+
+def write_weights(config: Any, folder: Path) -> None:
+    """Writes a model whose weights are larger than usual, so that every path has a gradient."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in sorted(model.named_parameters()):
+            center = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+            parameter.copy_(center + 0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
 
 
 def write_image(path: Path, width: int, height: int, seed: int) -> str:
@@ -76,7 +83,12 @@ def write_image(path: Path, width: int, height: int, seed: int) -> str:
 SIZES = [(24, 16), (40, 24), (8, 8), (16, 30), (64, 64)]
 
 
-def write_chats(folder: Path, count: int = 24, video: bool = True) -> Path:
+def write_chats(
+    folder: Path,
+    count: int = 24,
+    video: bool = True,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+) -> Path:
     """Writes `chats.jsonl` and its images: columns, parts, marks, clips, and chats without any."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -84,7 +96,7 @@ def write_chats(folder: Path, count: int = 24, video: bool = True) -> Path:
         words = "word " * (n % 4 + 1)
         answer = {"role": "assistant", "content": f"it is {n} {words}"}
         images = [
-            "images/" + write_image(folder / f"images/{n}-{i}.png", *SIZES[(n + i) % 5], n * 9 + i)
+            "images/" + write_image(folder / f"images/{n}-{i}.png", *sizes[(n + i) % 5], n * 9 + i)
             for i in range((1, 2, 0, 1)[n % 4])
         ]
         record: dict[str, Any] = {"images": images}

@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tile_models
 import torch
 import torch.distributed as dist
 from train_model_ranks import CPU
 from visual_models import IMAGE_ID, VIDEO_ID
 
 from epctl.config import RunConfig, resolve_config
+from epctl.launch.model_reference import PROCESSOR_FILES
 from epctl.layout.source import read_folder
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.check_reference import _whole_partition
@@ -32,10 +34,12 @@ from epctl.runtime.events import EventLog
 from epctl.runtime.leave import leave
 from epctl.runtime.names import hub_tensors
 from epctl.runtime.resume import restore
+from epctl.runtime.sequence.vision import PIXELS
 from epctl.runtime.train import build
 from epctl.runtime.train_loop import TrainLoop
 from epctl.runtime.training_model import TrainingModel, load_tokenizer, open_checkpoint
-from epctl.runtime.visual_rows import PIXELS, VisualData
+from epctl.runtime.visual_packed import PackedProcessor
+from epctl.runtime.visual_rows import VisualData, VisualReader, visuals_of
 
 STEPS = 2
 ROWS = 4  # of a step, however they are dealt out
@@ -81,17 +85,23 @@ def documents_of(data: VisualData, step: int) -> list[tuple[torch.Tensor, torch.
             here = slice(place, place + span.num_tokens)
             place = here.stop
             ids, labels = (torch.from_numpy(x[here]) for x in (packed.ids_S, packed.labels_S))
-            visuals = data.train.documents.visuals(span.document)  # type: ignore[attr-defined]
-            found.append((ids, labels, list(visuals)))
+            found.append((ids, labels, visuals_of(data.train.documents, span)))
     return found
 
 
-def plain_inputs(data: VisualData, ids: torch.Tensor, visuals: list[Any]) -> dict[str, Any]:
+def plain_inputs(
+    case: dict[str, Any], data: VisualData, ids: torch.Tensor, visuals: list[Any]
+) -> dict[str, Any]:
     """What transformers' model is given for one document, by its own processor."""
-    reader = data.reader
+    reader, kind = data.reader, Path(case["model"]).name
     inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": False}
-    kinds = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
     images = [reader.files.open(v.files[0]) for v in visuals if v.modality == "image"]
+    if kind in tile_models.KINDS and len(images) < len(visuals):
+        return inputs | {"pixel_values": torch.cat(list(frames_and_tiles(reader, kind, visuals)))}
+    if kind in tile_models.KINDS:
+        return inputs | (tile_models.plain_images(kind, images) if images else {})
+    assert isinstance(reader.processor, PackedProcessor)
+    kinds = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
     if images:
         inputs |= dict(reader.processor.image_processor(images=images, return_tensors="pt"))
     clips = [v for v in visuals if v.modality == "video"]
@@ -103,6 +113,20 @@ def plain_inputs(data: VisualData, ids: torch.Tensor, visuals: list[Any]) -> dic
     if visuals:
         inputs["mm_token_type_ids"] = kinds[None]
     return inputs
+
+
+def frames_and_tiles(reader: VisualReader, kind: str, visuals: list[Any]) -> Iterator[Any]:
+    """InternVL's clips are images that are not cut, in the order of their tokens."""
+    for visual in visuals:
+        if visual.modality == "image":
+            yield tile_models.plain_images(kind, [reader.files.open(visual.files[0])])[
+                "pixel_values"
+            ]
+        else:
+            frames = reader.files.frames(visual.files, visual.frames)
+            found = tile_models.plain_images(kind, frames, crop_to_patches=False)
+            assert len(found["pixel_values"]) == len(frames)
+            yield found["pixel_values"]
 
 
 def patches_of(frames: list[Any]) -> torch.Tensor:
@@ -120,6 +144,16 @@ def patches_of(frames: list[Any]) -> torch.Tensor:
     return torch.from_numpy(rows).float()
 
 
+def freeze_unreached(case: dict[str, Any], data: VisualData, model: Any) -> None:
+    """Leaves alone what a backward over text and images does not reach: LLaVA's last layer."""
+    documents = [d for step in range(STEPS) for d in documents_of(data, step)]
+    for ids, labels, visuals in documents:
+        model(**plain_inputs(case, data, ids, visuals), labels=labels[None]).loss.backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad()
+
+
 def plain_run(
     case: dict[str, Any], chats: str, data: VisualData, solo: Any
 ) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
@@ -129,8 +163,10 @@ def plain_run(
     config = config_of(case, chats)
     model = AutoModelForImageTextToText.from_pretrained(case["model"], dtype=torch.float32)
     open_model(case["model"]).weights.note_names(model.train())
+    freeze_unreached(case, data, model)
     optimizer = create_optimizer(model, config.optim)
-    optimizer.wire([_whole_partition(p, solo) for p in model.parameters()], CPU)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer.wire([_whole_partition(p, solo) for p in trained], CPU)
     history = []
     for step in range(STEPS):
         documents = documents_of(data, step)
@@ -138,7 +174,7 @@ def plain_run(
         optimizer.zero_grad()
         total = 0.0
         for ids, labels, visuals in documents:
-            inputs = plain_inputs(data, ids, visuals)
+            inputs = plain_inputs(case, data, ids, visuals)
             loss = model(**inputs, labels=labels[None], num_items_in_batch=targets).loss
             loss.backward()
             total += float(loss.detach())
@@ -206,7 +242,12 @@ def layout_run(
     for name, local in weights_of(run.engine.module):
         reference = expected[name].double()
         worst = max(worst, (float((local.double() - reference).norm() / reference.norm()), name))
-    result = {"history": history, "seen": seen, "worst": worst}
+    videos = sum(
+        v.modality == "video"
+        for document in range(len(run.data.train.documents.lengths))
+        for v in run.data.train.documents.visuals(document)  # type: ignore[attr-defined]
+    )
+    result = {"history": history, "seen": seen, "worst": worst, "videos": videos}
     if "then" in case:
         result["reload"] = reload(run, case)
     run.engine.destroy()
@@ -231,8 +272,8 @@ def reload(run: _Run, case: dict[str, Any]) -> dict[str, Any]:
     open_model(str(folder)).weights.note_names(loaded)
     known = {tensor.name: tensor.local().detach() for tensor in hub_tensors(loaded)}
     names = [set(read_folder(Path(path)).tensors) for path in (folder, Path(case["model"]))]
-    files = ("preprocessor_config.json", "chat_template.json")
-    copied = [(folder / n).read_bytes() == (Path(case["model"]) / n).read_bytes() for n in files]
+    present = [n for n in PROCESSOR_FILES if (Path(case["model"]) / n).is_file()]
+    copied = [(folder / n).read_bytes() == (Path(case["model"]) / n).read_bytes() for n in present]
     return {
         "equal": all(torch.equal(known[n], local) for n, local in weights_of(run.engine.module)),
         "same_names": names[0] == names[1],
@@ -249,11 +290,11 @@ def data_of(
     )
     assert isinstance(data, VisualData), type(data)
     assert facts.images, facts
-    assert facts.videos, facts
+    assert facts.videos or not case.get("videos", True), facts
     return data
 
 
-def main(folder: Path, chats: str, cases: list[dict[str, Any]]) -> None:
+def main(folder: Path, common_chats: str, cases: list[dict[str, Any]]) -> None:
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=400))
     torch.set_num_threads(1)
     solo = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
@@ -261,6 +302,7 @@ def main(folder: Path, chats: str, cases: list[dict[str, Any]]) -> None:
     results = {}
     for case in cases:
         key = (case["model"], case["optim"])
+        chats = case.get("chats", common_chats)
         if key not in plain:
             mesh = seams.create_mesh(1, 1)
             data = data_of(case, chats, folder, mesh, open_model(case["model"]))

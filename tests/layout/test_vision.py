@@ -1,10 +1,14 @@
 """Vision layouts, and the legal sequence-parallel sizes with a reason for each refusal."""
 
+import dataclasses
+
 import pytest
 from stored import namings, source
 
-from epctl.errors import LayoutError
+from epctl.config import resolve_config
+from epctl.errors import ConfigError, LayoutError
 from epctl.launch.model_reference import require_trainable
+from epctl.launch.planner_rules import model_limits, require_legal
 from epctl.layout.catalog import catalog_source
 from epctl.layout.detect import detect
 
@@ -127,15 +131,18 @@ def test_text_only_model_has_no_vision():
     assert detect(published("mixtral")).vision is None
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
-def test_models_of_packed_patches_train(name):
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "internvl", "llava_next",
+     "llava_onevision", "idefics3"],
+)  # fmt: skip
+def test_models_of_patches_and_of_tiles_train(name):
     require_trainable(detect(source(name, namings(name)[-1])))
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("internvl", "takes whole images or tiles"),
         ("gemma3", "image tokens attend to each other in both directions"),
         ("siglip_vision_model", "without a decoder"),
     ],
@@ -143,3 +150,23 @@ def test_models_of_packed_patches_train(name):
 def test_other_images_are_refused_by_their_headers(name, reason):
     with pytest.raises(LayoutError, match=reason):
         require_trainable(detect(source(name, namings(name)[-1])))
+
+
+@pytest.mark.parametrize(("name", "refused"), [("internvl", True), ("qwen2_vl", False)])
+def test_images_of_tiles_are_not_shared_among_samples(name, refused):
+    """Before a rank starts, as the library would refuse it on each."""
+    limits = model_limits(detect(published(name)))
+    config = resolve_config(flags={"parallel.share_images": True, "parallel.sp": 2}).config
+    if refused:
+        with pytest.raises(ConfigError, match="takes whole images or tiles"):
+            require_legal(config, 4, "cpu", limits)
+    else:
+        require_legal(config, 4, "cpu", limits)
+
+
+def test_a_config_without_an_image_token_is_refused():
+    """As InternVL's remote-code form: the token is the tokenizer's secret there."""
+    given = published("internvl")
+    config = {key: value for key, value in given.config.items() if key != "image_token_id"}
+    with pytest.raises(LayoutError, match="states no token that stands for images"):
+        require_trainable(detect(dataclasses.replace(given, config=config)))

@@ -19,9 +19,11 @@ from epctl.runtime.data_files import find_records
 from epctl.runtime.data_packing import IGNORED, PackedRows, whole_spans
 from epctl.runtime.data_store import DocumentWriter, StoredDocuments, encode
 from epctl.runtime.native_config import config_of
-from epctl.runtime.visual_encode import VisualChatEncoder, VisualLimits
+from epctl.runtime.visual_encode import VisualChatEncoder
 from epctl.runtime.visual_files import VisualFiles
-from epctl.runtime.visual_processor import VisualProcessor, load_visual_processor
+from epctl.runtime.visual_load import load_visual_processor
+from epctl.runtime.visual_packed import PackedProcessor
+from epctl.runtime.visual_processor import VisualLimits, VisualProcessor
 from epctl.runtime.visual_records import Columns, StoredVisual
 from epctl.runtime.visual_rows import VisualData, VisualReader, usable_lengths, without_empty
 
@@ -29,9 +31,11 @@ LENGTH = 157
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl_moe"])
-def processor(request: Any, tmp_path_factory: pytest.TempPathFactory) -> VisualProcessor:
+def processor(request: Any, tmp_path_factory: pytest.TempPathFactory) -> PackedProcessor:
     folder = write_visual_model(request.param, tmp_path_factory.mktemp(request.param))
-    return load_visual_processor(folder, config_of(folder), visual_models.tokenizer())
+    found = load_visual_processor(folder, config_of(folder), visual_models.tokenizer())
+    assert isinstance(found, PackedProcessor)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def stored(documents: list[Encoded], stem: Path) -> StoredDocuments:
 
 
 def test_only_the_answer_is_learned_and_each_image_has_its_tokens(
-    processor: VisualProcessor, chats: Path, tmp_path: Path
+    processor: PackedProcessor, chats: Path, tmp_path: Path
 ) -> None:
     encoder = encoder_of(processor, tmp_path)
     for number, document in enumerate(encode_all(encoder, chats)):
@@ -81,7 +85,7 @@ def test_only_the_answer_is_learned_and_each_image_has_its_tokens(
         assert counted == list(kinds)
 
 
-def test_a_clip_of_equal_frames_is_that_image_through_time(processor: VisualProcessor) -> None:
+def test_a_clip_of_equal_frames_is_that_image_through_time(processor: PackedProcessor) -> None:
     from PIL import Image
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8))
@@ -91,7 +95,7 @@ def test_a_clip_of_equal_frames_is_that_image_through_time(processor: VisualProc
 
 
 def test_a_row_holds_several_documents_and_their_pixels(
-    processor: VisualProcessor, chats: Path, tmp_path: Path
+    processor: PackedProcessor, chats: Path, tmp_path: Path
 ) -> None:
     """Positions restart with each document, and its rotary ones are those it has alone."""
     encoder = encoder_of(processor, tmp_path)
@@ -110,7 +114,7 @@ def test_a_row_holds_several_documents_and_their_pixels(
         here = slice(place, place + span.num_tokens)
         ids_S, visuals = batch.ids_BS[0, here], documents.visuals(span.document)
         assert batch.positions_BS[0, 0, here].tolist() == list(range(span.num_tokens))
-        expected = data.reader.positions(ids_S, visuals)
+        expected = processor.positions(ids_S, visuals)
         assert expected is not None
         assert torch.equal(batch.positions_BS[1:, 0, here], expected)
         assert batch.labels_BS[0, place] == IGNORED
@@ -122,7 +126,7 @@ def test_a_row_holds_several_documents_and_their_pixels(
 
 
 def test_a_cut_takes_an_image_whole_or_not_at_all(
-    processor: VisualProcessor, chats: Path, tmp_path: Path
+    processor: PackedProcessor, chats: Path, tmp_path: Path
 ) -> None:
     documents = stored(encode_all(encoder_of(processor, tmp_path), chats), tmp_path / "train-0")
     for length in range(8, 60, 7):
@@ -136,7 +140,7 @@ def test_a_cut_takes_an_image_whole_or_not_at_all(
 
 
 def test_limits_are_refused_with_their_numbers(
-    processor: VisualProcessor, chats: Path, tmp_path: Path
+    processor: PackedProcessor, chats: Path, tmp_path: Path
 ) -> None:
     small = encoder_of(processor, tmp_path, sequence_length=12)
     with pytest.raises(InputError, match=r"of 40 x 24 pixels takes 15 tokens, a sequence has 12"):
@@ -147,7 +151,7 @@ def test_limits_are_refused_with_their_numbers(
 
 
 def test_a_file_that_changed_after_it_was_counted_is_named(
-    processor: VisualProcessor, tmp_path: Path
+    processor: PackedProcessor, tmp_path: Path
 ) -> None:
     from PIL import Image
 
@@ -156,10 +160,10 @@ def test_a_file_that_changed_after_it_was_counted_is_named(
     Image.new("RGB", (48, 32)).save(path)
     reader = VisualReader(processor, files, VisualLimits(sequence_length=LENGTH))
     visual = StoredVisual("image", (str(path),), (), grid, 0, 0)
-    assert reader.pixels(visual).grid == grid
+    assert reader.document([visual]).grids == [grid]
     Image.new("RGB", (96, 96)).save(path)
     with pytest.raises(InputError, match=r"a\.png` has changed: .* patches now"):
-        reader.pixels(visual)
+        reader.document([visual])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +174,7 @@ def test_a_file_that_changed_after_it_was_counted_is_named(
     ],
 )
 def test_records_that_cannot_be_trained_on_are_named(
-    processor: VisualProcessor, chats: Path, tmp_path: Path, content: str, message: str
+    processor: PackedProcessor, chats: Path, tmp_path: Path, content: str, message: str
 ) -> None:
     name = "gone.png" if message.startswith("there") else str(chats.parent / "images/0-0.png")
     record = {

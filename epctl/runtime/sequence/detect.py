@@ -285,6 +285,11 @@ def accepted(module: nn.Module, method: str) -> frozenset[str]:
     return _parameters(module, method)
 
 
+def forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
+    """Returns the names of what the forward of a class takes."""
+    return frozenset(inspect.signature(inspect.unwrap(model_class.forward)).parameters)
+
+
 def _refusal(model: Any, reason: str) -> LayoutError:
     name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     return LayoutError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from epctl.errors import InputError
-from epctl.runtime.sequence.detect import Parts, feature_parameters, num_tiles_function
+from epctl.runtime.sequence.detect import Parts, feature_parameters, find_parts, num_tiles_function
 from epctl.runtime.sequence.group import SequenceGroup
 from epctl.runtime.sequence.tower import parameter_dtype, pixel_shape
 
@@ -230,6 +230,24 @@ def _clips(parts: Parts, pixels: Tensor | None, options: dict[str, Any]) -> Unit
 
     offsets = tuple(range(0, len(clips) * num_frames + 1, num_frames))
     return Units(clips.flatten(0, 1), offsets, None, call)
+
+
+def unreached(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the tower's parameters that no gradient reaches: LLaVA takes an earlier layer's rows.
+
+    Trained, they would only decay: no loss says what they should be. Asked of autograd, on a blank
+    image, so the model must be on meta, where that costs nothing; towers that look at the values of
+    their pixels cannot be asked there, and use all they have.
+    """
+    parts = find_parts(model)
+    encoder = parts.encoder
+    if encoder is None or encoder.form not in ("tiles", "images") or encoder.takes_sizes:
+        return []
+    units = units_of(parts, None, {}, "image")
+    features, _ = units.call([0], units.tiles_XCHW)
+    used = [p for p in encoder.module.parameters() if p.requires_grad]
+    found = torch.autograd.grad(torch.cat(features).sum(), used, allow_unused=True)
+    return [p for p, gradient in zip(used, found, strict=True) if gradient is None]
 
 
 class TileShare:
