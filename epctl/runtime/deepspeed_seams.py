@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_module
@@ -377,10 +379,15 @@ def release_engine(engine: Any) -> None:
     """Destroys an engine so that its memory is free once nothing else refers to it.
 
     ZeRO-3 keeps the model of the last forward on a module-level stack
-    (zero/parameter_offload.py, FWD_MODULE_STACK), and with it every partition and buffer.
+    (zero/parameter_offload.py, FWD_MODULE_STACK), and from the second step on the whole optimizer
+    as the key of a class's cache (zero/partitioned_param_coordinator.py, `__params_to_release`).
     """
     engine.destroy()
     FWD_MODULE_STACK.clear()
+    release = vars(PartitionedParameterCoordinator)[
+        "_PartitionedParameterCoordinator__params_to_release"
+    ]
+    inspect.getclosurevars(release).nonlocals["func"].cache_clear()  # under `instrument_w_nvtx`
 
 
 def gradient_norm(engine: Any) -> float:
