@@ -15,7 +15,7 @@ from torch import Tensor
 from epctl.kernels.newton_schulz_cost import Iteration, Products, gram_segments
 
 # What a chain may write in all, unless a single matrix needs more. Large batches beat what stays in
-# L2: a launch of few tiles waits for its last one (benchmarks/muon_h100_202611.md).
+# L2: a launch of few tiles waits for its last one (benchmarks/muon_h200_202611.md).
 WORKSPACE_BYTES = 2**29
 # Below so many multiply-adds a product ends before the host has launched the next: those chains are
 # replayed as graphs. Above, a graph would only add two copies of the matrices.

@@ -52,7 +52,7 @@ class MeasuredAt(NamedTuple):
     largest_rows: int
 
 
-# Filled from `epctl bench muon --products` (benchmarks/muon_h100_202611.md); an entry of both
+# Filled from `epctl bench muon --products` (benchmarks/muon_h200_202611.md); an entry of both
 # implementations at a size makes `choose_iteration` go by time there.
 RATES: dict[MeasuredAt, Rates] = {
     MeasuredAt("H100", "torch", 2048): Rates(684, 662, 619, "64 x 1408x2048, fp16, 2026-11-21"),
