@@ -200,7 +200,9 @@ def gather_by_layer(model: nn.Module, stage: int) -> None:
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for layer in module:
-                set_z3_leaf_module(layer, True)
+                # A list in a list is never called: what is in it has hooks of its own.
+                if type(layer).forward is not nn.Module.forward:
+                    set_z3_leaf_module(layer, True)
 
 
 def check_finite_by_norm(engine: Any) -> None:
