@@ -221,8 +221,8 @@ def moe_mlp(
         activation: what stands between the projections; see `Activation`.
         recompute: keep no pre-activation for the backward but compute it again, which saves 4KI
             bytes a token in bf16 and costs two ninths more arithmetic; the other implementations
-            keep nothing and repeat the whole forward. Without it a second backward over the same
-            graph of the Triton kernels raises.
+            keep nothing and repeat the whole forward. A second backward over the same graph of the
+            Triton kernels raises.
         num_held: how many ids are not -1, or a bound on it, where the caller knows: memory is then
             taken for so many rows and not for all T*K. Too small a number is undefined behaviour.
         implementation: overrides the choice of `choose_implementation`.

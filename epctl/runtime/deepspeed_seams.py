@@ -189,20 +189,29 @@ def partition_module(module: nn.Module, group: Any, deepspeed_config: dict[str, 
     )
 
 
-def gather_by_layer(model: nn.Module, stage: int) -> None:
+def gather_by_layer(model: Any, stage: int) -> None:
     """Has ZeRO-3 gather a decoder layer's Parameters together, with one pair of hooks a layer.
 
     By default every small module has hooks of its own, in Python, forward, in recomputation and
     backward: on two H200 they took longer than the work between them (utils/z3_leaf_module.py).
+
+    DeepSpeed reduces what is in such a layer when the gradient of its input is known
+    (zero/stage3.py, `_leaf_module_hooks`). Where the input needs none, that is before the layer's
+    own gradients are: so never the first layer that is trained behind frozen ones, nor towers,
+    which take pixels, may be called twice, or with names alone.
     """
-    if stage < 3:
+    if stage < 3 or not hasattr(model, "get_decoder"):
         return
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for layer in module:
-                # A list in a list is never called: what is in it has hooks of its own.
-                if type(layer).forward is not nn.Module.forward:
-                    set_z3_leaf_module(layer, True)
+    decoder = model.get_decoder()
+    lists = [list(child) for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    layers = max(lists, key=lambda found: len(found), default=[])
+    if len({id(layer) for layer in layers}) < len(layers):
+        return  # one that is called twice would be reduced twice
+    input_trains = any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    for layer in layers:
+        if input_trains:
+            set_z3_leaf_module(layer, True)
+        input_trains |= any(p.requires_grad for p in layer.parameters())
 
 
 def check_finite_by_norm(engine: Any) -> None:

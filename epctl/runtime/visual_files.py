@@ -55,7 +55,7 @@ class VisualFiles:
             value.save(buffer, format="PNG")
             value = buffer.getvalue()
         if isinstance(value, str) and value.startswith("data:"):
-            value = base64.b64decode(value.partition(",")[2])
+            value = _decoded(value, where)
         if isinstance(value, bytes):
             return self._written(value)
         if not isinstance(value, str):
@@ -194,3 +194,11 @@ def _spread(count: int, wanted: int) -> list[int]:
     if wanted == 1:
         return [0]
     return [round(n * (count - 1) / (wanted - 1)) for n in range(wanted)]
+
+
+def _decoded(uri: str, where: str) -> bytes:
+    """Returns the bytes of a `data:` URI. Raises InputError for what is no base64."""
+    try:
+        return base64.b64decode(uri.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise InputError(f"{where}: {uri[:40]!r}... is no image in base64: {error}") from None

@@ -202,7 +202,8 @@ def _video_id(combined: Any, takes: frozenset[str], tokenizer: Any) -> int | Non
     """Returns the token that the template writes for a clip; None if its frames are no images."""
     token = getattr(combined, "video_token", None)
     as_images = hasattr(combined.image_processor, _UNCUT) and "pixel_values_videos" not in takes
-    return int(tokenizer.convert_tokens_to_ids(token)) if token and as_images else None
+    # By the vocabulary: asked for a token it lacks, a tokenizer answers with that of unknown words.
+    return tokenizer.get_vocab().get(token) if token and as_images else None
 
 
 def _combined(folder: Path, config: Any, tokenizer: Any, image_processor: Any) -> Any:

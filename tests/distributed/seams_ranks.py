@@ -32,10 +32,11 @@ from epctl.runtime.names import hub_tensors
 from epctl.runtime.weights import RandomWeights
 
 CPU = torch.device("cpu")
+PARTS = ("experts", "attention", r"layers\.1\.")
 
 
 def make(
-    zero: int, ep: int, *, bfloat16: bool = False, **case: Any
+    zero: int, ep: int, *, bfloat16: bool = False, trainable: str = "all", **case: Any
 ) -> tuple[Any, Any, Any, Any, Any]:
     config = case_config({"zero": zero, "ep": ep, **case}, dist.get_world_size())
     mesh = seams.create_mesh(ep)
@@ -47,6 +48,7 @@ def make(
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
         device=CPU,
         zero3_config=ds_config if zero == 3 else None,
+        trainable=trainable,
     )
     engine, optimizer, scheduler = create_engine(model, config, ds_config)
     return config, mesh, engine, optimizer, scheduler
@@ -224,6 +226,15 @@ def nan_on_one_rank(zero: int) -> dict[str, Any]:
     return {"skipped": skipped, "finite": finite, "after": after["dense"], "looked": looked}
 
 
+def steps_of_a_part(zero: int, trainable: str) -> list[tuple[float, float]]:
+    """Losses and gradient norms where the first trained layer's input needs no gradient."""
+    config, mesh, engine, _, scheduler = make(zero, 2, trainable=trainable, accumulation=2)
+    steps = [rank_batches(number, config) for number in range(2)]
+    found = [train_step(engine, scheduler, batches, config, mesh) for batches in steps]
+    engine.destroy()
+    return found
+
+
 def hooks_by_layer() -> dict[str, Any]:
     """ZeRO-3 knows a layer, not what is in it, and still gathers all it needs."""
     _, _, engine, _, _ = make(3, 2)
@@ -252,6 +263,9 @@ def main(folder: Path) -> None:
         result[f"partitions{zero}"] = partitions_cover_everything(zero)
         if zero:
             result[f"nan{zero}"] = nan_on_one_rank(zero)
+    for trainable in PARTS:
+        for zero in (1, 3):
+            result[f"{trainable} {zero}"] = steps_of_a_part(zero, trainable)
     result["hooks"] = hooks_by_layer()
     for zero in (2, 3):
         result[f"released{zero}"] = memory_of_an_engine_comes_back(zero)

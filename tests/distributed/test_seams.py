@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from launch import run_ranks
+from seams_ranks import PARTS
 
 pytestmark = pytest.mark.distributed
 
@@ -110,6 +111,15 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_nothing_on_any(
         assert found["finite"]
         assert found["after"] > 20
         assert found["looked"] == (zero == 3)
+
+
+@pytest.mark.parametrize("trainable", PARTS)
+def test_zero3_reduces_the_gradients_of_a_part_as_zero1_does(ranks: Ranks, trainable: str) -> None:
+    """A layer gathered whole gives its gradients too early where its input needs none."""
+    for rank in ranks:
+        for whole, cut in zip(rank[f"{trainable} 1"], rank[f"{trainable} 3"], strict=True):
+            assert cut == pytest.approx(whole, rel=1e-6)
+            assert cut[1] > 1e-3
 
 
 def test_zero3_hooks_layers_and_not_what_is_in_them(ranks: Ranks) -> None:

@@ -102,6 +102,7 @@ def test_paths_are_relative_to_the_data_file(tmp_path: Path) -> None:
     [
         ("b.png", "line 3: there is no file `.*b.png`"),
         ("https://example.org/a.png", "is on the network"),
+        ("data:image/png;base64,@@@x", "is no image in base64"),
         (7, "given as int"),
     ],
 )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
+OLDEST_CAPABILITY = (8, 0)
 
 
 class Span(NamedTuple):
@@ -54,11 +55,16 @@ def flash_varlen() -> Attend | None:
     return cast(Attend, varlen_attn) if known else None
 
 
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+
+
 def can_attend(q_BHQD: Tensor, k_BJKD: Tensor, v_BJKD: Tensor, dropout: float) -> bool:
     """True where the flash kernels take these tensors: half precision on a GPU, equal widths."""
     width = q_BHQD.shape[-1]
     fits = width == k_BJKD.shape[-1] == v_BJKD.shape[-1] and width % 8 == 0
-    half = q_BHQD.dtype in (torch.float16, torch.bfloat16) and q_BHQD.is_cuda
+    half = q_BHQD.dtype in (torch.float16, torch.bfloat16) and _has_flash(q_BHQD.device)
     return half and fits and width <= LARGEST_HEAD and not dropout and flash_varlen() is not None
 
 
@@ -119,8 +125,9 @@ def _grouped(attend: Attend, grouped: bool) -> dict[str, Any]:
     return {"enable_gqa": True} if grouped and known else {}
 
 
-# Layers of one kind have the same pieces; without this each would copy its offsets to the GPU.
-@functools.lru_cache(maxsize=64)
+# Layers of one kind have the same pieces; without this each would copy its offsets to the GPU. Few:
+# packed documents differ from batch to batch, and these tensors stay.
+@functools.lru_cache(maxsize=8)
 def _ragged(spans: tuple[Span, ...], num_rows: int, device: torch.device) -> Ragged:
     lengths = [span.length for span in spans]
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
