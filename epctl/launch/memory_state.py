@@ -8,8 +8,9 @@ the ranks that hold the same ones (edp).
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,7 +47,7 @@ class FlatGroup:
     largest: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LocalCounts:
     """Elements of a model on one rank at an ep size, whatever is trained."""
 
@@ -59,11 +60,19 @@ class LocalCounts:
 
     def trained(self, attribute: str, part: Part | None = None, kind: Kind | None = None) -> int:
         """Returns the sum of a field of the groups of a part and a kind."""
-        return sum(
-            getattr(group, attribute)
-            for group in self.groups
-            if part in (None, group.part) and kind in (None, group.kind)
-        )
+        key = (attribute, part, kind)
+        if key not in self._sums:
+            self._sums[key] = sum(
+                getattr(group, attribute)
+                for group in self.groups
+                if part in (None, group.part) and kind in (None, group.kind)
+            )
+        return self._sums[key]
+
+    @functools.cached_property
+    def _sums(self) -> dict[tuple[str, Part | None, Kind | None], int]:
+        """What `trained` has answered: a plan asks the same of one layout many times."""
+        return {}
 
 
 def local_counts(shape: ModelShape, plan: RankPlan) -> LocalCounts:
@@ -126,12 +135,13 @@ def _flat_group(part: Part, kind: Kind, sizes: list[tuple[int, int]], num_ranks:
         elements,
         partition,
         sum(count * -(-numel // num_ranks) for numel, count in sizes),
-        _touched(sizes, partition, num_ranks),
+        _touched(tuple(sizes), partition, num_ranks),
         largest,
     )
 
 
-def _touched(sizes: list[tuple[int, int]], partition: int, num_ranks: int) -> int:
+@functools.lru_cache(maxsize=4096)
+def _touched(sizes: tuple[tuple[int, int], ...], partition: int, num_ranks: int) -> int:
     """Returns the most elements of whole Parameters that one rank's partition overlaps.
 
     Where a cut falls inside a Parameter, both its ranks hold its whole gradient. Parameters are
@@ -151,7 +161,7 @@ def _touched(sizes: list[tuple[int, int]], partition: int, num_ranks: int) -> in
     return most
 
 
-def _in_layers(sizes: list[tuple[int, int]]) -> list[int]:
+def _in_layers(sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Returns every Parameter's elements, one of each family in turn."""
     rounds = max(count for _, count in sizes)
     return [numel for turn in range(rounds) for numel, count in sizes if turn < count]

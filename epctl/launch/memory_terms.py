@@ -69,7 +69,8 @@ def _shown(value: float) -> str:
 
 def total(terms: Iterable[Term], phase: Phase, place: Place = "device") -> float:
     """Returns the bytes of the terms alive in one phase."""
-    return sum(t.num_bytes for t in terms if t.phases & phase and t.place == place)
+    bits = phase._value_  # of the plain numbers: `Flag.__and__` was a fifth of a sweep's time
+    return sum(t.num_bytes for t in terms if t.phases._value_ & bits and t.place == place)
 
 
 def total_of(terms: Iterable[Term], group: Group) -> float:

@@ -7,7 +7,6 @@ import functools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -234,23 +233,29 @@ def test_recomputing_costs_a_forward_and_a_link_costs_its_bytes() -> None:
 
 
 def test_a_plan_is_quick_and_imports_no_torch() -> None:
+    # Two seconds of a machine that does the loop in 0.19 s, the quickest of three tries: others
+    # may share this one, and then processor time itself grows.
     code = (
         "import sys, time; started = time.process_time()\n"
+        "sum(i * i for i in range(3_000_000)); loop = time.process_time() - started\n"
+        "started = time.process_time()\n"
         "from epctl.launch.plan_command import *\n"
         "from epctl.output import Output, Mode\n"
         "request, layout, notes = build_request(Asked('deepseek-ai/DeepSeek-V3', 8, '80GiB'))\n"
         "from epctl.launch.plan_command import _show_sweep\n"
         "_show_sweep(request, Output(Mode.JSON), None)\n"
         "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)\n"
-        "print(time.process_time() - started, file=sys.stderr)"
+        "seconds = time.process_time() - started\n"
+        "print(seconds * min(1, 0.19 / loop), file=sys.stderr)"
     )
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
-    started = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    sweep = json.loads(result.stdout)["sweep"]
-    assert [row["gpus"] for row in sweep] == [2**k for k in range(15)]
-    # Processor time: other tests may share the machine.
-    assert float(result.stderr.split()[-1]) < 2.0, time.monotonic() - started
+    tries = []
+    for _ in range(3):
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+        assert result.returncode == 0, result.stderr
+        sweep = json.loads(result.stdout)["sweep"]
+        assert [row["gpus"] for row in sweep] == [2**k for k in range(15)]
+        tries.append(float(result.stderr.split()[-1]))
+    assert min(tries) < 2.0, tries
