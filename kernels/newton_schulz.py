@@ -9,7 +9,7 @@ with restart (Zhang, Amsel, Chen, Dao, 2026).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -111,7 +111,6 @@ def orthogonalize(
     products: Products | Literal["auto"] = "auto",
     use_graphs: bool = False,
     at_once: int | None = None,
-    tile: tuple[Any, ...] | None = None,
 ) -> Tensor:
     """Returns the approximate orthogonal polar factor of each matrix, float32, contiguous.
 
@@ -129,7 +128,6 @@ def orthogonalize(
         use_graphs: replay the iteration as a CUDA graph; no effect on a CPU.
         at_once: matrices that go through the iteration together; by default what
             `newton_schulz_chain.matrices_at_once` says.
-        tile: of symmetric products, fields of `symmetric.SymmetricTile`; by size by default.
 
     Raises:
         ValueError: unknown coefficients, or `gram` in bfloat16.
@@ -145,7 +143,6 @@ def orthogonalize(
         products=products,
         use_graphs=use_graphs,
         at_once=at_once,
-        tile=tile,
     )
     return work_BMN.float()
 
@@ -159,7 +156,6 @@ def orthogonalize_normal_(
     products: Products | Literal["auto"] = "auto",
     use_graphs: bool = False,
     at_once: int | None = None,
-    tile: tuple[Any, ...] | None = None,
 ) -> None:
     """Orthogonalises matrices of norm one (or zero) in place, in their own dtype; contiguous.
 
@@ -171,7 +167,7 @@ def orthogonalize_normal_(
         (num_rows, num_columns), x_BMN.device, x_BMN.dtype,
         num_steps=num_steps, method=method, products=products,
     )  # fmt: skip
-    chain = Chain(chosen.method, chosen.products, tuple(rows), at_once, tile)
+    chain = Chain(chosen.method, chosen.products, tuple(rows), at_once)
     iterate_(x_BMN, chain, use_graphs=use_graphs)
 
 

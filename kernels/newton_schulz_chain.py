@@ -6,8 +6,7 @@ suffixes: see newton_schulz.py.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,15 +26,13 @@ NUM_SQUARES: dict[Iteration, int] = {"standard": 2, "gram": 4}
 class Chain(NamedTuple):
     """What is computed: the iteration, the implementation of its products, a row a step.
 
-    `at_once` overrides `matrices_at_once`; `tile`, the first fields of a `symmetric.SymmetricTile`,
-    the symmetric products' own choice.
+    `at_once` overrides `matrices_at_once`.
     """
 
     method: Iteration
     products: Products
     rows: tuple[tuple[float, float, float], ...]
     at_once: int | None = None
-    tile: tuple[Any, ...] | None = None
 
 
 class Workspace(NamedTuple):
@@ -138,9 +135,7 @@ def run_chain_(x_BMN: Tensor, chain: Chain, workspace: Workspace) -> None:
     tall = x_BMN.shape[-2] > x_BMN.shape[-1]
     x_BRL = x_BMN.mT if tall else x_BMN
     spare_BRL = workspace.spare_BMN.mT if tall else workspace.spare_BMN
-    product: Product = torch_product
-    if chain.products == "symmetric":
-        product = functools.partial(symmetric_product, tile=chain.tile)
+    product: Product = symmetric_product if chain.products == "symmetric" else torch_product
     iterate = _gram if chain.method == "gram" else _standard
     result_BRL = iterate(x_BRL, spare_BRL, workspace.squares, chain.rows, product)
     if result_BRL is not x_BRL:
@@ -179,15 +174,13 @@ def symmetric_product(
     out: Tensor,
     shifted: Tensor | None = None,
     shift: float = 0.0,
-    tile: tuple[Any, ...] | None = None,
 ) -> None:
     """A `Product` that computes half of it, in Triton."""
-    from epctl.kernels.symmetric import SymmetricTile, symmetric_matmul
+    from epctl.kernels.symmetric import symmetric_matmul
 
     symmetric_matmul(
-        left, right, added, alpha=alpha, beta=beta, out=out, shifted=shifted, shift=shift,
-        tile=None if tile is None else SymmetricTile(*tile),
-    )  # fmt: skip
+        left, right, added, alpha=alpha, beta=beta, out=out, shifted=shifted, shift=shift
+    )
 
 
 Rows = tuple[tuple[float, float, float], ...]

@@ -22,11 +22,11 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.build import meta_model
 from epctl.runtime.check import (
     compare_asked,
-    global_batches,
     rank_batches,
     reference_on_rank_0,
+    train_on_rank_0,
 )
-from epctl.runtime.check_reference import Reference, run_reference
+from epctl.runtime.check_reference import Reference
 from epctl.runtime.data_batch import Batch
 from epctl.runtime.events import EventLog
 from epctl.runtime.mesh import Mesh
@@ -124,12 +124,8 @@ def _stored_losses(
     At real widths most of AdamW's first updates are smaller than that rounding: a bfloat16 engine
     does not see them, and its second loss is not that of float32 weights. A collective.
     """
-    solo_group = dist.new_group([0])
-    if mesh.rank != 0:
-        return []
-    steps = [list(global_batches(config, mesh, data, n)) for n in range(config.check.steps)]
-    reference = run_reference(model, config, steps, device, solo_group, stored_dtype=torch.bfloat16)
-    return [step.loss for step in reference.steps]
+    reference = train_on_rank_0(config, mesh, model, data, device, stored_dtype=torch.bfloat16)
+    return [] if reference is None else [step.loss for step in reference.steps]
 
 
 def _bfloat16_losses(

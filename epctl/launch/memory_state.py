@@ -12,7 +12,6 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from epctl.launch.memory_settings import RankPlan
 from epctl.launch.memory_shape import Kind, ModelShape, Part
@@ -80,7 +79,7 @@ def local_counts(shape: ModelShape, plan: RankPlan) -> LocalCounts:
     return _local_counts(shape, plan.num_ranks, plan.ep, plan.engine.persistence_threshold)
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def _local_counts(shape: ModelShape, num_ranks: int, ep: int, threshold: int) -> LocalCounts:
     held, sliced, num_small = {"dense": 0, "experts": 0}, {"dense": 0, "experts": 0}, 0
     members: dict[tuple[Part, Kind], list[tuple[int, int]]] = {}

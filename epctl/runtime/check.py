@@ -73,15 +73,32 @@ def reference_on_rank_0(
     folder: Path,
 ) -> Reference | None:
     """Trains the unsharded model on rank 0, which keeps its record and writes its weights."""
-    solo_group = dist.new_group([0])
-    reference = None
-    if mesh.rank == 0:
-        steps = [list(global_batches(config, mesh, data, n)) for n in range(config.check.steps)]
-        reference = run_reference(model, config, steps, device, solo_group)
+    reference = train_on_rank_0(config, mesh, model, data, device)
+    if reference is not None:
         save_file(reference.weights, folder / WEIGHTS_NAME)
         reference.weights.clear()
     dist.barrier()
     return reference
+
+
+def train_on_rank_0(
+    config: RunConfig,
+    mesh: Mesh,
+    model: TrainingModel,
+    data: TrainingData,
+    device: torch.device,
+    stored_dtype: torch.dtype = torch.float32,
+) -> Reference | None:
+    """Trains the unsharded model on rank 0; None on the others. A collective.
+
+    Args:
+        stored_dtype: what its weights are rounded to; see `run_reference`.
+    """
+    solo_group = dist.new_group([0])
+    if mesh.rank != 0:
+        return None
+    steps = [list(global_batches(config, mesh, data, n)) for n in range(config.check.steps)]
+    return run_reference(model, config, steps, device, solo_group, stored_dtype)
 
 
 def compare_asked(

@@ -78,7 +78,6 @@ def attend_spans(
     causal: bool,
     window: int | None,
     scaling: float | None,
-    function: Attend | None = None,
 ) -> Tensor:
     """Returns [B, H, Q, D]: piece i of the queries over piece i of the keys; other rows are zero.
 
@@ -86,9 +85,8 @@ def attend_spans(
 
     Args:
         window: keys that a query sees, itself included; causal only.
-        function: in place of torch's, with the same signature.
     """
-    attend = function or flash_varlen()
+    attend = flash_varlen()
     assert attend is not None
     batch, num_heads, num_queries, _ = q_BHQD.shape
     of_queries = _ragged(queries, batch * num_queries, q_BHQD.device)
