@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from epctl.kernels.launch import Window, launch
+from epctl.kernels.tiles import device_capability
 
 
 class SymmetricTile(NamedTuple):
@@ -148,7 +149,7 @@ def _has_window(x_BRK: Tensor, transposed: bool, tile: SymmetricTile) -> bool:
     Rows beyond a matrix are the next one's and only reach results that are not stored; what is
     summed beyond a matrix must be zero, which holds at the end of a row and of nothing else.
     """
-    if x_BRK.is_cuda and torch.cuda.get_device_capability(x_BRK.device) < (9, 0):
+    if x_BRK.is_cuda and device_capability(x_BRK.device) < (9, 0):
         return False
     stored = x_BRK.mT if transposed else x_BRK
     summed_fits = not transposed or x_BRK.shape[2] % tile.block_k == 0

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from epctl.kernels.dispatch import OLDEST_CAPABILITY
+from epctl.kernels.tiles import device_capability
+
 LARGEST_HEAD = 256
-OLDEST_CAPABILITY = (8, 0)
 
 
 class Span(NamedTuple):
@@ -55,17 +57,14 @@ def flash_varlen() -> Attend | None:
     return cast(Attend, varlen_attn) if known else None
 
 
-@functools.cache
-def _has_flash(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
-
-
 def can_attend(q_BHQD: Tensor, k_BJKD: Tensor, v_BJKD: Tensor, dropout: float) -> bool:
     """True where the flash kernels take these tensors: half precision on a GPU, equal widths."""
     width = q_BHQD.shape[-1]
     fits = width == k_BJKD.shape[-1] == v_BJKD.shape[-1] and width % 8 == 0
-    half = q_BHQD.dtype in (torch.float16, torch.bfloat16) and _has_flash(q_BHQD.device)
-    return half and fits and width <= LARGEST_HEAD and not dropout and flash_varlen() is not None
+    half = q_BHQD.dtype in (torch.float16, torch.bfloat16) and q_BHQD.is_cuda
+    if not (half and fits and width <= LARGEST_HEAD) or dropout or flash_varlen() is None:
+        return False
+    return device_capability(q_BHQD.device) >= OLDEST_CAPABILITY
 
 
 def attend_spans(
