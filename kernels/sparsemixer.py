@@ -31,6 +31,17 @@ THIRD = tl.constexpr(THIRD_STEP)
 
 
 @triton.jit
+def _scores(logits_ptr, token, num_tokens, NUM_EXPERTS: tl.constexpr, SIZE: tl.constexpr):
+    """A program's ids, places and float32 scores, [tokens, experts], and which of them exist."""
+    ids = tl.broadcast_to(tl.arange(0, SIZE)[None, :], (token.shape[0], SIZE))
+    at = token.to(tl.int64)[:, None] * NUM_EXPERTS + ids
+    allowed = ids < NUM_EXPERTS
+    inside = allowed & (token < num_tokens)[:, None]
+    scores = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return ids, at, scores, allowed, inside
+
+
+@triton.jit
 def _near(scores, active, threshold):
     """The active scores near the best of them, others minus infinity, and the softmax of that."""
     best = tl.max(active, axis=1)[:, None]
@@ -94,10 +105,7 @@ def _sparsemixer_kernel(
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     exists = token < num_tokens
-    ids = tl.broadcast_to(tl.arange(0, SIZE)[None, :], (TOKENS, SIZE))
-    at = token.to(tl.int64)[:, None] * NUM_EXPERTS + ids
-    allowed = ids < NUM_EXPERTS
-    scores = tl.load(logits_ptr + at, mask=allowed & exists[:, None], other=0.0).to(tl.float32)
+    ids, at, scores, allowed, _ = _scores(logits_ptr, token, num_tokens, NUM_EXPERTS, SIZE)
     active = tl.where(allowed, scores, float("-inf"))
     if SAMPLED:
         noise1, noise2 = exponential1_ptr + at, exponential2_ptr + at
@@ -129,11 +137,7 @@ def _sparsemixer_backward_kernel(
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     exists = token < num_tokens
-    ids = tl.broadcast_to(tl.arange(0, SIZE)[None, :], (TOKENS, SIZE))
-    at = token.to(tl.int64)[:, None] * NUM_EXPERTS + ids
-    allowed = ids < NUM_EXPERTS
-    inside = allowed & exists[:, None]
-    scores = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    ids, at, scores, allowed, inside = _scores(logits_ptr, token, num_tokens, NUM_EXPERTS, SIZE)
     dlogits = tl.zeros((TOKENS, SIZE), dtype=tl.float32)
     for pick in tl.static_range(2):
         active = tl.where(allowed, scores, float("-inf"))

@@ -61,7 +61,7 @@ def own_iteration(
     """Returns orthogonal factors as the optimizer makes them: norm and cast in, then the chain."""
     normal_BMN = torch.empty_like(x_BMN, dtype=iteration_dtype(x_BMN.device))
     if by_rule:
-        rule = MuonRule(**settings)
+        rule = MuonRule()
         rule.normalize_into(x_BMN, normal_BMN)
         rule.orthogonalize_(normal_BMN)
         return normal_BMN
