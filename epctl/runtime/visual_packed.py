@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from epctl.errors import InputError, LayoutError
+from epctl.runtime.sequence.detect import accepted
 from epctl.runtime.sequence.vision import GRIDS, PIXELS
 from epctl.runtime.visual_processor import (
     Document,
@@ -185,7 +186,7 @@ class PackedProcessor(VisualProcessor):
             "video_grid_thw": _grids([v.grid for v in clips]),
             "second_per_grid_ts": torch.tensor(seconds) if seconds else None,
         }
-        known = _parameters(model.get_rope_index)
+        known = accepted(model, "get_rope_index")
         borrowed = _Borrowed(model, config=self.config)
         positions_3BS, _ = borrowed.get_rope_index(
             ids_S[None], **{key: value for key, value in given.items() if key in known}
@@ -224,9 +225,3 @@ _SIDES = ("start", "end")
 
 def _grids(grids: list[Grid]) -> Tensor | None:
     return torch.tensor(grids) if grids else None
-
-
-def _parameters(function: Any) -> frozenset[str]:
-    import inspect
-
-    return frozenset(inspect.signature(function).parameters)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from epctl.errors import InputError, LayoutError
 from epctl.runtime.native_config import auto_class
-from epctl.runtime.sequence.detect import forward_parameters
+from epctl.runtime.sequence.detect import accepted
 from epctl.runtime.visual_processor import (
     Document,
     Opened,
@@ -183,7 +183,7 @@ def load_tiles(
     """
     model = auto_class(config)._model_mapping[type(config)]
     combined = _combined(folder, config, copy.deepcopy(tokenizer), image_processor)
-    takes = forward_parameters(model)
+    takes = accepted(model)
     video_id = _video_id(combined, takes, tokenizer)
     found = TileProcessor(tokenizer, config, image_id, video_id, combined, takes)
     try:

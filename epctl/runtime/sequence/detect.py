@@ -53,7 +53,7 @@ class Encoder:
     @property
     def takes_sizes(self) -> bool:
         """True if the tower itself packs images of different sizes."""
-        return "image_sizes" in _parameters(self.module)
+        return "image_sizes" in accepted(self.module)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Parts:
     @property
     def takes_encoder_outputs(self) -> bool:
         """True if the model can be given vision features (transformers 5.20 and later)."""
-        return "mm_encoder_outputs" in _parameters(self.model)
+        return "mm_encoder_outputs" in accepted(self.model)
 
 
 def find_parts(model: Any) -> Parts:
@@ -89,7 +89,7 @@ def find_parts(model: Any) -> Parts:
 
 def _find_encoder(model: Any) -> Encoder | None:
     if not hasattr(model, "get_image_features"):
-        if "pixel_values" in _parameters(model):
+        if "pixel_values" in accepted(model):
             raise _refusal(model, "it takes images, but has no `get_image_features`")
         return None
     encoder = model.get_encoder(modality="image")
@@ -110,7 +110,7 @@ def _form(model: Any, encoder: nn.Module) -> Form:
         return "packed"
     if "pixel_attention_mask" in takes:
         return "batches"
-    sized = "image_sizes" in _parameters(encoder)
+    sized = "image_sizes" in accepted(encoder)
     sizes = takes.get("image_sizes")
     if sizes is not None and (sized or sizes.default is inspect.Parameter.empty):
         if not sized:
@@ -163,7 +163,7 @@ def _check_packed(model: Any, encoder: nn.Module) -> None:
             raise _refusal(
                 model, f"{type(module).__name__} uses `{unknown[0]}`, which is not known"
             )
-        whole = {"grid_thw", "image_shapes"} & _parameters(module)
+        whole = {"grid_thw", "image_shapes"} & accepted(module)
         handed_on = any("get_vision" in n for part in module.modules() for n in called_names(part))
         if whole and not handed_on and not takes_shapes(module):
             raise _refusal(model, f"{type(module).__name__} needs the grid of all images")
@@ -174,13 +174,13 @@ def _check_around(model: Any, encoder: nn.Module) -> None:
     known = {id(module) for module in encoder.modules()}
     known |= {id(model), id(getattr(model, "base_model", model))}
     for module in model.modules():
-        if id(module) not in known and {"grid_thw", "image_grid_thw"} & _parameters(module):
+        if id(module) not in known and {"grid_thw", "image_grid_thw"} & accepted(module):
             raise _refusal(model, f"{type(module).__name__} needs the grid of all images")
 
 
 def takes_shapes(module: nn.Module) -> bool:
     """True for a position embedding that is told the rows and the shape of each segment."""
-    return {"lengths", "image_shapes"} <= _parameters(module)
+    return {"lengths", "image_shapes"} <= accepted(module)
 
 
 def _check_decoder(model: Any, decoder: nn.Module, attentions: tuple[nn.Module, ...]) -> None:
@@ -274,20 +274,11 @@ def _names_in(code: CodeType) -> tuple[str, ...]:
     return (*code.co_names, *(name for part in inner for name in _names_in(part)))
 
 
-def _parameters(module: nn.Module, method: str = "forward") -> frozenset[str]:
-    """Returns what a method of the module's class can be given."""
-    function = inspect.unwrap(getattr(type(module), method))
+def accepted(owner: nn.Module | type, method: str = "forward") -> frozenset[str]:
+    """Returns the names of what a method of a module or class takes; looks through wrappers."""
+    owner_class = owner if isinstance(owner, type) else type(owner)
+    function = inspect.unwrap(getattr(owner_class, method))
     return frozenset(inspect.signature(function).parameters)
-
-
-def accepted(module: nn.Module, method: str) -> frozenset[str]:
-    """Returns the names of a method's parameters; inner wrappers are looked through."""
-    return _parameters(module, method)
-
-
-def forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
-    """Returns the names of what the forward of a class takes."""
-    return frozenset(inspect.signature(inspect.unwrap(model_class.forward)).parameters)
 
 
 def _refusal(model: Any, reason: str) -> LayoutError:

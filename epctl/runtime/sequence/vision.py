@@ -278,7 +278,7 @@ class ShardedVision:
 
     @property
     def _images_only(self) -> bool:
-        return "pixel_values_videos" not in accepted(self.parts.model, "forward")
+        return "pixel_values_videos" not in accepted(self.parts.model)
 
     @staticmethod
     def _tie(output: Any, other: Any) -> None:
