@@ -9,8 +9,11 @@ from epctl.launch.memory_shape import ModelShape
 from epctl.launch.memory_state import LocalCounts, largest_step, local_counts
 from epctl.launch.memory_terms import Phase, Place, Term
 
-# Matrices orthogonalised at once (runtime/muon_exchange.py, DEFAULT_CHUNK_ELEMENTS).
-CHUNK_ELEMENTS = 47_000_000
+# Elements a rank orthogonalises at once unless one matrix is larger: 188 MB in float32, and a
+# small multiple of that in the iteration. Sixteen of Moonlight's experts: four whole waves of tiles
+# on an H100's 132 processors, and products that take longer than the host needs to launch them.
+# Here, where torch is not loaded, for the plan and for runtime/muon_exchange.py.
+MUON_CHUNK_ELEMENTS = 47_000_000
 
 
 def step_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
@@ -46,7 +49,7 @@ def _muon_workspace(shape: ModelShape, local: LocalCounts, plan: RankPlan) -> Te
     matrices = [f.shape[-1] * f.shape[-2] for f in shape.families if f.kind == "muon" and f.trained]
     largest = max(matrices)
     held = local.trained("elements", kind="muon")
-    chunk = max(largest, min(CHUNK_ELEMENTS, held))
+    chunk = max(largest, min(MUON_CHUNK_ELEMENTS, held))
     travels = chunk if plan.num_ranks > 1 else 0
     return Term(
         "Muon's matrices at work", "optimizer work", 16 * chunk + 8 * travels,

@@ -17,11 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epctl.kernels.newton_schulz_cost import choose_method, iteration_flops
-
-# Elements a rank orthogonalises at once unless one matrix is larger: 188 MB in float32, and a
-# small multiple of that in the iteration. Sixteen of Moonlight's experts: four whole waves of tiles
-# on an H100's 132 processors, and products that take longer than the host needs to launch them.
-DEFAULT_CHUNK_ELEMENTS = 47_000_000
+from epctl.launch.memory_step import MUON_CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -215,7 +211,7 @@ def plan_exchange(
     num_ranks: int,
     *,
     load: list[int] | None = None,
-    chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
+    chunk_elements: int = MUON_CHUNK_ELEMENTS,
 ) -> list[Chunk]:
     """Returns this rank's exchanges, in the order every rank of the group enters them.
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from epctl.launch.memory_step import MUON_CHUNK_ELEMENTS
 from epctl.runtime.deepspeed_seams import FlatPartition, full_shape, replica_group
 from epctl.runtime.muon_exchange import (
-    DEFAULT_CHUNK_ELEMENTS,
     Chunk,
     MatrixSlices,
     Piece,
@@ -53,7 +53,7 @@ class MuonUnit:
 def plan_units(
     partitions: Sequence[FlatPartition],
     row_blocks: RowBlocks,
-    chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
+    chunk_elements: int = MUON_CHUNK_ELEMENTS,
 ) -> list[MuonUnit]:
     """Returns the units of partitions of Muon parameters, the same order on all ranks of a group.
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from epctl.kernels.newton_schulz import iteration_dtype
+from epctl.launch.memory_step import MUON_CHUNK_ELEMENTS
 from epctl.runtime.attention_logits import AttentionLogits
 from epctl.runtime.deepspeed_seams import FlatPartition, full_shape
-from epctl.runtime.muon_exchange import DEFAULT_CHUNK_ELEMENTS
 from epctl.runtime.muon_plan import MuonUnit, RowBlocks, first_parameter, plan_units
 from epctl.runtime.muon_rule import MuonRule
 from epctl.runtime.muon_step import UnitStep, step_units
@@ -47,7 +47,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         row_blocks: RowBlocks | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
+        chunk_elements: int = MUON_CHUNK_ELEMENTS,
     ) -> None:
         defaults = {"lr": 1e-3, "weight_decay": 0.0, "kind": "adamw", "betas": betas, "eps": eps}
         super().__init__(list(parameter_groups), defaults)
