@@ -125,7 +125,8 @@ def orthogonalize(
         dtype: dtype of the iteration; `iteration_dtype` of the device by default.
         products: `symmetric` computes half of what is symmetric, in Triton; `torch` all of it;
             `auto` goes by the measured rates in newton_schulz_cost.py.
-        use_graphs: replay the iteration as a CUDA graph; no effect on a CPU.
+        use_graphs: replay the iteration as a CUDA graph where its products end before the host has
+            launched the next; no effect on a CPU.
         at_once: matrices that go through the iteration together; by default what
             `newton_schulz_chain.matrices_at_once` says.
 
