@@ -6,6 +6,7 @@ is left out with its reason.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -171,6 +172,91 @@ def _liger(problem: Problem) -> Implementation:
     )
 
 
+def _sonicmoe(problem: Problem) -> Implementation:
+    functional: Any = importlib.import_module("sonicmoe.functional")
+    swiglu: Any = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
+    _pin_quack_tiles()
+    router = _transformers_router(problem)
+    experts = _FusedExperts(problem)
+    block = nn.ModuleDict({"router": router, "experts": experts})
+
+    def forward() -> Tensor:
+        _, weights_TK, experts_TK = router(problem.x_TD)
+        tables = _sonicmoe_tables(functional, experts_TK.to(torch.int32), problem)
+        offsets, gather, scatter, reverse = tables
+        num_tokens, num_rows = problem.x_TD.shape[0], experts_TK.numel()
+        rows = (gather, scatter, reverse, None, False, swiglu)
+        # Its parameters lie as (rows, columns, experts); the gate above the up projection.
+        gate_up, down = (w.permute(1, 2, 0) for w in (experts.gate_up_proj, experts.down_proj))
+        up = functional._UpProjection.apply(
+            problem.x_TD, gate_up, None, offsets, num_rows, problem.top_k, *rows, False, True
+        )
+        y_TD: Tensor = functional._DownProjection.apply(
+            *up, down, None, weights_TK.float(), offsets, num_tokens, problem.top_k, *rows
+        )
+        return y_TD
+
+    return Implementation(
+        "sonicmoe",
+        forward,
+        _fused_gradients(experts, router.weight, problem),
+        _zero_gradients(block, problem),
+        "quack's default tiles, DeepSeek-V3 router of transformers",
+    )
+
+
+def _pin_quack_tiles() -> None:
+    """Takes QuACK's default tiles: its tuner compiles for over four minutes on a first call."""
+    for name in ("sonicmoe.functional.forward", "sonicmoe.functional.backward"):
+        module = importlib.import_module(name)
+        for product in ("gemm", "gemm_gated", "gemm_dgated"):
+            found = getattr(module, product, None)
+            if found is not None and not isinstance(found, functools.partial):
+                setattr(module, product, functools.partial(found, tuned=False))
+
+
+def _sonicmoe_tables(
+    functional: Any, experts_TK: Tensor, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns offsets (E + 1,) and the rows' gather, scatter and reverse scatter indices."""
+    num_experts, num_rows = problem.w1_EID.shape[0], experts_TK.numel()
+    counts, offsets, gather, scatter, reverse = (
+        torch.empty(size, dtype=torch.int32, device=experts_TK.device)
+        for size in (num_experts, num_experts + 1, num_rows, num_rows, num_rows)
+    )
+    functional.TC_topk_router_metadata_triton(
+        experts_TK, num_experts, counts, offsets, gather, scatter, reverse
+    )
+    return offsets, gather, scatter, reverse
+
+
+def _moe_ops(problem: Problem) -> Implementation:
+    ops: Any = importlib.import_module("moe_ops")
+    num_experts, num_tokens = problem.w1_EID.shape[0], problem.x_TD.shape[0]
+    router = _transformers_router(problem)
+
+    def forward() -> Tensor:
+        _, weights_TK, experts_TK = router(problem.x_TD)
+        rows, row_id_map, offsets = ops.permute(
+            problem.x_TD, experts_TK.to(torch.int32), E=num_experts
+        )
+        gate, up = (ops.grouped_gemm(rows, w, offsets) for w in (problem.w1_EID, problem.w3_EID))
+        down = ops.grouped_gemm(nn.functional.silu(gate) * up, problem.w2_EDI, offsets)
+        y_TD: Tensor = ops.unpermute(down, row_id_map, weights_TK, num_tokens, problem.top_k)
+        return y_TD
+
+    def gradients() -> dict[str, Tensor]:
+        return leaf_gradients(problem) | {"drouter": _gradient(router.weight)}
+
+    return Implementation(
+        "moe-ops",
+        forward,
+        gradients,
+        _zero_gradients(router, problem),
+        "its grouped GEMM, permute and unpermute; SwiGLU by torch, router of transformers",
+    )
+
+
 def _deepspeed(name: str, note: str, **options: str) -> Callable[[Problem], Implementation]:
     def build(problem: Problem) -> Implementation:
         layer = _deepspeed_layer(problem, options)
@@ -249,6 +335,8 @@ PEERS: dict[str, Callable[[Problem], Implementation]] = {
     ),
     "transformers": _transformers,
     "liger": _liger,
+    "sonicmoe": _sonicmoe,
+    "moe-ops": _moe_ops,
     "torch-grouped-mm": _torch_grouped_mm,
 }
 
