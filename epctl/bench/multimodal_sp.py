@@ -1,8 +1,9 @@
 """`epctl bench multimodal-sp` as a case: ways of sharing a vision-language sample over ranks.
 
-Forward and backward of a tiny (CPU) or real-width (GPU) model, five samples, five ways to share the
+Forward and backward of a tiny (CPU) or real-width (GPU) model, six samples, five ways to share the
 vision tower; the decoder is shared alike in all. Gradients are not averaged over ranks here: the
-engine does that in training, the same in every mode.
+engine does that in training, the same in every mode. The sixth sample is too long for one GPU,
+which is then shown as out of memory, and shared in one way only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import tempfile
 import textwrap
 from collections.abc import Sequence
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-NAMES = ("video, 64 frames", "one large image", "16 mixed images", "64 tiles", "8 images")
+LONG = "long text, 2 images"
+LONG_BYTES = 120 * 2**30  # of each of two GPUs: by the other samples' peaks it takes some 105 GiB
+NAMES = ("video, 64 frames", "one large image", "16 mixed images", "64 tiles", "8 images", LONG)
 MODES = ("replicate", "gcs", "ulysses", "units", "aligned")
 CPU_RANKS = 2
 MODULE = "epctl.bench.multimodal_sp_ranks"
@@ -53,7 +58,7 @@ def measure(
     """Measures every sample in every mode, at each number of ranks, beside one rank alone.
 
     Args:
-        workloads: names of `NAMES`; none is all.
+        workloads: names of `NAMES`; none is all, less the long text where GPUs are too small.
         ranks: numbers of ranks; none is 2 on CPU, and 2, 4 and 8 as far as there are GPUs.
         device: `cuda` or `cpu`; None takes GPUs when there are two or more.
         rounds: timed rounds; each measures every mode once.
@@ -77,7 +82,7 @@ def measure(
         "device": chosen,
         "sizes": sizes,
         "rounds": rounds,
-        "workloads": list(workloads or NAMES),
+        "workloads": _chosen(workloads, chosen),
     }
     result: Result = {
         "machine": machine_facts(_gpu() if chosen == "cuda" else None),
@@ -122,10 +127,24 @@ def _place(device: str | None, ranks: Sequence[int]) -> tuple[Literal["cpu", "cu
     return "cuda", sizes
 
 
+def _chosen(workloads: Sequence[str], device: str) -> list[str]:
+    """Returns what to measure: a rank of a group that runs out of memory would end the run."""
+    if not workloads and device == "cuda" and _gpu_bytes() < LONG_BYTES:
+        out.note(f"{LONG} is left out: two GPUs of less than {LONG_BYTES >> 30} GiB do not hold it")
+        return [name for name in NAMES if name != LONG]
+    return list(workloads or NAMES)
+
+
 def _gpu() -> str:
     import torch
 
     return str(torch.cuda.get_device_name(0))
+
+
+def _gpu_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def table(result: Result) -> Table:
@@ -189,19 +208,21 @@ def _measured(result: Result) -> Table:
     for name, key in COLUMNS:
         left = key in ("workload", "mode")
         shown.add_column(name, justify="left" if left else "right", no_wrap=True)
-    last, place = None, 0
-    for row in result["rows"]:
-        if row["workload"] != last:
-            last, place = row["workload"], 0
-            shown.add_section()
-        # A sample takes the first cells of its rows.
-        facts = (row["workload"], row["model"], f"{row['patches']:,} patches")
-        shown.add_row(facts[place] if place < 3 else "", *(_cell(k, row) for _, k in COLUMNS[1:]))
-        place += 1
+    for name, group in groupby(result["rows"], key=itemgetter("workload")):
+        rows = list(group)
+        counts = (f"{rows[0][key]:,} {key}" for key in ("patches", "tokens"))
+        shown.add_section()
+        # A sample takes the first cells of its rows, and where it has few, of rows without more.
+        for fact, row in zip_longest((name, rows[0]["model"], *counts), rows):
+            shown.add_row(fact or "", *(_cell(key, row) for _, key in COLUMNS[1:] if row))
     return shown
 
 
 def _cell(key: str, row: dict[str, Any]) -> str:
+    if key == "ms" and row.get("out_of_memory"):
+        return "out of memory"
+    if row.get(key) is None:
+        return "-"
     if key == "ms":
         half_range = (row["ms"]["high"] - row["ms"]["low"]) / 2 / row["ms"]["median"]
         return f"{row['ms']['median']:,.0f} ±{half_range:.0%}"
@@ -244,4 +265,5 @@ def draw(result: Result, figure: Figure) -> None:
 
 def _value(rows: list[dict[str, Any]], name: str, mode: str, ranks: int, key: str) -> float:
     found = [r for r in rows if (r["workload"], r["mode"], r["ranks"]) == (name, mode, ranks)]
-    return float(found[0][key]) if found else 0.0
+    # None: there is no speed-up where one rank alone ran out of memory.
+    return float(found[0][key] or 0.0) if found else 0.0

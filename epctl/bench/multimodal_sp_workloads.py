@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epctl.bench.multimodal_sp_modes import MODES, Mode
+
 IMAGE_ID, VIDEO_ID, START_ID = 5, 6, 7
 FIRST_WORD = 16
-TEXT_TOKENS = 33  # an odd tail after the images
+WORDS = (4, 2, 33)  # before the images, after each, and an odd tail
 PATCH = 4  # pixels; the arithmetic of a patch's embedding does not matter here
 
 
@@ -37,21 +39,24 @@ class Size:
     median: int  # patches of the median of the mixed images
     tile: int  # patches a side of an InternVL tile
     clip: int  # patches a side of a LLaVA image
+    long_image: int  # patches a side of each of the long text's images
+    long_tokens: int  # of the long text, those of its images among them
 
 
-CPU = Size(96, 4, 4, 128, 4, 2, 2, 512, 8, 48, 160, 8, 12)
+CPU = Size(96, 4, 4, 128, 4, 2, 2, 512, 8, 48, 160, 8, 12, 24, 1024)
 # Real head counts at small widths: 28 query and 4 key heads, 16 in the tower.
-GPU_GATE = Size(128, 16, 4, 448, 28, 4, 2, 512, 8, 48, 160, 8, 12)
-GPU = Size(1280, 16, 8, 3584, 28, 4, 4, 32768, 32, 256, 1500, 32, 24)
+GPU_GATE = Size(128, 16, 4, 448, 28, 4, 2, 512, 8, 48, 160, 8, 12, 24, 1024)
+GPU = Size(1280, 16, 8, 3584, 28, 4, 4, 32768, 32, 256, 1500, 32, 24, 256, 2**17)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A sample and the family of the model that sees it."""
+    """A sample, the family of the model that sees it, and the ways of sharing it."""
 
     name: str
     family: str
     build: Callable[[Size], tuple[Any, dict[str, Tensor], int]]  # config, inputs, patches
+    modes: tuple[Mode, ...] = MODES
 
 
 def build_model(config: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -123,21 +128,29 @@ def _words(count: int, size: Size) -> list[int]:
     return torch.randint(FIRST_WORD, size.vocab, (count,), generator=generator).tolist()
 
 
-def _inputs(visual: list[list[int]], size: Size) -> dict[str, Tensor]:
-    """Returns ids and labels: some words, each image's tokens, and a tail of words."""
-    ids = _words(4, size)
+def _inputs(
+    visual: list[list[int]], size: Size, words: tuple[int, int, int] = WORDS
+) -> dict[str, Tensor]:
+    """Returns ids and labels: some words, each image's tokens and words, and a tail of words."""
+    before, after_each, tail = words
+    ids = _words(before, size)
     for tokens in visual:
-        ids += [*tokens, *_words(2, size)]
-    ids_BS = torch.tensor([ids + _words(TEXT_TOKENS, size)])
+        ids += [*tokens, *_words(after_each, size)]
+    ids_BS = torch.tensor([ids + _words(tail, size)])
     return {"input_ids": ids_BS, "labels": ids_BS.masked_fill(ids_BS < FIRST_WORD, -100)}
 
 
 def _packed(
-    size: Size, family: str, grids: list[tuple[int, int, int]], *, video: bool
+    size: Size,
+    family: str,
+    grids: list[tuple[int, int, int]],
+    *,
+    video: bool,
+    words: tuple[int, int, int] = WORDS,
 ) -> tuple[Any, dict[str, Tensor], int]:
     token = VIDEO_ID if video else IMAGE_ID
     visual = [[START_ID] + [token] * (t * h * w // 4) for t, h, w in grids]
-    inputs = _inputs(visual, size)
+    inputs = _inputs(visual, size, words)
     rows = sum(t * h * w for t, h, w in grids)
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randn(rows, 3 * 2 * PATCH**2, generator=generator)
@@ -167,6 +180,15 @@ def _mixed_images(size: Size) -> tuple[Any, dict[str, Tensor], int]:
         width = max(2, 2 * round(patches / height / 2))
         grids.append((1, height, width))
     return _packed(size, "Qwen3-VL", grids, video=False)
+
+
+def _long_text(size: Size) -> tuple[Any, dict[str, Tensor], int]:
+    """Exactly `long_tokens`: two images, and words before, between and after them in thirds."""
+    side = size.long_image
+    num_words = size.long_tokens - 2 * (1 + side**2 // 4)  # an image begins with one more token
+    third, rest = divmod(num_words, 3)
+    grids = [(1, side, side)] * 2
+    return _packed(size, "Qwen2.5-VL", grids, video=False, words=(third, third, rest))
 
 
 def _tower(size: Size, side: int) -> dict[str, Any]:
@@ -223,4 +245,7 @@ WORKLOADS = (
     Workload("16 mixed images", "Qwen3-VL", _mixed_images),
     Workload("64 tiles", "InternVL", _internvl),
     Workload("8 images", "LLaVA-1.5", _llava),
+    # Too long for one GPU. One mode only: with the whole tower on every rank two run out of memory
+    # as well, and a rank of a group that does leaves the others waiting for it in a collective.
+    Workload("long text, 2 images", "Qwen2.5-VL", _long_text, ("aligned",)),
 )

@@ -1,4 +1,7 @@
-"""`epctl bench multimodal-sp` on two gloo ranks: gate, rows, what did not take part, a red gate."""
+"""`epctl bench multimodal-sp` on two gloo ranks: gate, rows, what did not take part, a red gate.
+
+And one rank alone that runs out of memory.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 import pytest
 
 from epctl.bench import multimodal_sp
+from epctl.bench.multimodal_sp_gate import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from epctl.bench.report import write_png
 from epctl.errors import ConfigError, GateError, ResourceError
 
 pytestmark = pytest.mark.distributed
@@ -95,6 +100,28 @@ def test_a_severed_gradient_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(GateError, match=r"8 images, .*, 2 ranks: .*gradient 1\.0"):
         multimodal_sp.measure(workloads=["8 images"], device="cpu", rounds=1)
+
+
+def test_one_rank_out_of_memory_is_shown_and_two_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing of the failed step is kept (crowded_bench_ranks.py), nor is it tried again."""
+    monkeypatch.setattr(multimodal_sp, "MODULE", "crowded_bench_ranks")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    result = multimodal_sp.measure(workloads=[multimodal_sp.LONG], device="cpu", rounds=1)
+    whole, aligned = result["rows"]
+    assert (whole["mode"], whole["ranks"], whole["out_of_memory"]) == ("whole", 1, True)
+    missing = {key for key, value in whole.items() if value is None}
+    assert missing >= {"ms", "speedup", "tokens_per_second", "total_mib"}
+    assert (aligned["mode"], aligned["ranks"], aligned["tokens"]) == ("aligned", 2, 1024)
+    assert "out_of_memory" not in aligned
+    assert aligned["speedup"] is None
+    assert min(aligned["ms"]["low"], aligned["tokens_per_second"], aligned["total_mib"]) > 0
+    assert aligned["gate"]["loss"] <= LOSS_TOLERANCE
+    assert aligned["gate"]["gradient"] <= GRADIENT_TOLERANCE
+    assert result["scaling"] == []
+    json.dumps(result, allow_nan=False)
+    write_png(multimodal_sp, result, tmp_path / "sp.png")
 
 
 def test_wrong_requests_are_refused_before_a_rank_starts() -> None:

@@ -1,11 +1,17 @@
-"""The simulation of more ranks: what it must give where the answer is known."""
+"""`epctl bench multimodal-sp` without ranks: the simulation of more, the long text, the table."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
 
+from epctl.bench import multimodal_sp
+from epctl.bench.multimodal_sp_modes import MODES
 from epctl.bench.multimodal_sp_scaling import (
     SIMULATED,
     Attention,
@@ -17,6 +23,15 @@ from epctl.bench.multimodal_sp_scaling import (
     serial_seconds,
     share_at,
     simulated_seconds,
+)
+from epctl.bench.multimodal_sp_workloads import (
+    CPU,
+    FIRST_WORD,
+    GPU,
+    GPU_GATE,
+    IMAGE_ID,
+    WORKLOADS,
+    Size,
 )
 from epctl.runtime.sequence.cuts import LayerKind, Level
 from epctl.runtime.sequence.heads import (
@@ -108,3 +123,91 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     assert result["rates"]["bytes_per_second"] == 1e9
     few = scaling(replace(GEOMETRY, num_tokens=9), Rates(1.0, 0.55, 2, 0.4, 1e9), {1: 1.0, 2: 0.6})
     assert [point["ranks"] for point in few["points"]] == [1, 2, 4, 8]  # no more ranks than tokens
+
+
+def test_workloads_and_modes_have_one_list_of_names() -> None:
+    assert tuple(workload.name for workload in WORKLOADS) == multimodal_sp.NAMES
+    assert MODES == multimodal_sp.MODES
+
+
+@pytest.mark.parametrize(
+    ("size", "num_tokens", "patches"),
+    [(CPU, 1024, 2 * 24**2), (GPU_GATE, 1024, 2 * 24**2), (GPU, 131_072, 2 * 256**2)],
+)
+def test_the_long_text_has_exactly_its_tokens_and_words_around_its_images(
+    size: Size, num_tokens: int, patches: int
+) -> None:
+    long = WORKLOADS[-1]
+    _, inputs, rows = long.build(size)
+    ids_S = inputs["input_ids"][0]
+    assert (len(ids_S), rows, len(inputs["pixel_values"])) == (num_tokens, patches, patches)
+    assert int((ids_S == IMAGE_ID).sum()) == patches // 4
+    is_word_S = ids_S >= FIRST_WORD
+    # Begins and ends of runs of words: three runs, none of them short.
+    bounds = [0, *(is_word_S.diff().nonzero().flatten() + 1).tolist(), num_tokens]
+    runs = [stop - start for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+    assert len(runs) == 3
+    assert min(runs) > num_tokens // 5
+    assert long.modes == ("aligned",)
+
+
+def row(mode: str, ranks: int, **more: Any) -> dict[str, Any]:
+    return {
+        "workload": multimodal_sp.LONG,
+        "model": "Qwen2.5-VL",
+        "mode": mode,
+        "ranks": ranks,
+        "patches": 131_072,
+        "tokens": 131_072,
+        "gate": {"loss": 0.0, "gradient": 0.0},
+        "gradient_error": 0.0,
+        "ms": {"median": 4000.0, "low": 3900.0, "high": 4100.0},
+        "tokens_per_second": 16_384.0,
+        "speedup": None,
+        "encoder_mib": 41_000.0,
+        "total_mib": 104_000.0,
+        "moved_mib": 6_000.0,
+        "tower_moved_mib": 700.0,
+        "vision_cost": 1.0,
+    } | more
+
+
+@pytest.fixture
+def out_of_memory() -> dict[str, Any]:
+    missing = ("ms", "tokens_per_second", "speedup", "encoder_mib", "total_mib", "moved_mib")
+    missing += ("tower_moved_mib", "vision_cost")
+    alone = row("whole", 1, **dict.fromkeys(missing), out_of_memory=True)
+    return {
+        "machine": {"device": "NVIDIA H200", "date": "2026-11-28"},
+        "memory": "peak allocated",
+        "speedup_of": "time",
+        "rows": [alone, row("aligned", 2)],
+        "scaling": [],
+    }
+
+
+def test_out_of_memory_has_its_row_and_no_number(out_of_memory: dict[str, Any]) -> None:
+    text = io.StringIO()
+    Console(file=text, width=160).print(multimodal_sp.table(out_of_memory))
+    lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
+    place = lines.index("long text, 2 images whole x1 out of memory - - - - - - -")
+    assert lines[place + 1].startswith("Qwen2.5-VL aligned x2 4,000 ±2% - 16,384 41,000 104,000")
+    # Two rows are too few for what is told of a sample; it is told below them.
+    assert lines[place + 2 : place + 4] == ["131,072 patches", "131,072 tokens"]
+
+
+def test_out_of_memory_is_drawn_as_no_bar(out_of_memory: dict[str, Any]) -> None:
+    figure = Figure()
+    multimodal_sp.draw(out_of_memory, figure)
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
+    assert heights == [[0.0] * 5, [0.0] * 4 + [41_000.0], [0.0] * 4 + [6_000.0]]
+
+
+@pytest.mark.parametrize(("gib", "left_out"), [(79, True), (139, False)])
+def test_the_long_text_is_left_out_of_all_where_two_gpus_are_too_small(
+    monkeypatch: pytest.MonkeyPatch, gib: int, left_out: bool
+) -> None:
+    monkeypatch.setattr(multimodal_sp, "_gpu_bytes", lambda: gib * 2**30)
+    assert (multimodal_sp.LONG not in multimodal_sp._chosen((), "cuda")) == left_out
+    assert multimodal_sp._chosen([multimodal_sp.LONG], "cuda") == [multimodal_sp.LONG]
+    assert multimodal_sp._chosen((), "cpu") == list(multimodal_sp.NAMES)
