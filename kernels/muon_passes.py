@@ -21,7 +21,7 @@ Implementation = Literal["torch", "triton"]
 
 # Parts of the names of GPUs on which the Triton passes, symmetric products and graphs were
 # measured to be faster than torch's: `auto` takes them there.
-MEASURED_ON: tuple[str, ...] = ("H200",)
+MEASURED_ON: tuple[str, ...] = ("H100", "H200")
 
 # Elements that torch normalises at once, unless one matrix has more: bounds its float32 copy.
 PART_ELEMENTS = 2**22

@@ -43,10 +43,7 @@ class Workspace(NamedTuple):
 
 
 class Product(Protocol):
-    """Writes `alpha left @ right^T + beta added` to `out`, which the caller knows is symmetric.
-
-    `shifted` gets the same with `shift` added to its diagonal.
-    """
+    """Writes `alpha left @ right^T + beta added` to `out`, which the caller knows is symmetric."""
 
     def __call__(
         self,
@@ -57,8 +54,6 @@ class Product(Protocol):
         alpha: float = 1.0,
         beta: float = 1.0,
         out: Tensor,
-        shifted: Tensor | None = None,
-        shift: float = 0.0,
     ) -> object: ...
 
 
@@ -150,8 +145,6 @@ def torch_product(
     alpha: float = 1.0,
     beta: float = 1.0,
     out: Tensor,
-    shifted: Tensor | None = None,
-    shift: float = 0.0,
 ) -> None:
     """A `Product` that computes all of it, by the library's batched GEMM."""
     if added is None:
@@ -160,8 +153,6 @@ def torch_product(
     else:
         # Named as they come: the transpose of a symmetric operand is itself, but not to the bit.
         torch.baddbmm(added, left, right, beta=beta, alpha=alpha, out=out)
-    if shifted is not None:
-        shifted.copy_(out).diagonal(dim1=-2, dim2=-1).add_(shift)
 
 
 def symmetric_product(
@@ -172,15 +163,11 @@ def symmetric_product(
     alpha: float = 1.0,
     beta: float = 1.0,
     out: Tensor,
-    shifted: Tensor | None = None,
-    shift: float = 0.0,
 ) -> None:
     """A `Product` that computes half of it, in Triton."""
     from epctl.kernels.symmetric import symmetric_matmul
 
-    symmetric_matmul(
-        left, right, added, alpha=alpha, beta=beta, out=out, shifted=shifted, shift=shift
-    )
+    symmetric_matmul(left, right, added, alpha=alpha, beta=beta, out=out)
 
 
 Rows = tuple[tuple[float, float, float], ...]
@@ -213,15 +200,15 @@ def _gram(
         product(x_BRL, x_BRL, out=gram_BRR)
         for step in segment:
             a, b, c = rows[step]
-            is_first = step == segment[0]
-            product(
-                gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b, out=poly_BRR,
-                shifted=factor_BRR if is_first else None, shift=a,
-            )  # fmt: skip
+            product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b, out=poly_BRR)
             if step != segment[-1]:
                 product(gram_BRR, poly_BRR, gram_BRR, beta=a, out=half_BRR)
                 product(poly_BRR, half_BRR, half_BRR, beta=a, out=gram_BRR)
-            if not is_first:
+            if step == segment[0]:
+                # The polynomial is not needed again: it becomes the factor where it lies.
+                factor_BRR, poly_BRR = poly_BRR, factor_BRR
+                factor_BRR.diagonal(dim1=-2, dim2=-1).add_(a)
+            else:
                 product(factor_BRR, poly_BRR, factor_BRR, beta=a, out=half_BRR)
                 factor_BRR, half_BRR = half_BRR, factor_BRR
         torch.bmm(factor_BRR, x_BRL, out=spare_BRL)

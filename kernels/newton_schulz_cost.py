@@ -52,10 +52,11 @@ class MeasuredAt(NamedTuple):
     largest_rows: int
 
 
-# Filled from `epctl bench muon --products` (benchmarks/muon_h200_202611.md); an entry of both
-# implementations at a size makes `choose_iteration` go by time there.
+# Filled from `epctl bench muon --products` (benchmarks/muon_h100_202611.md, muon_h200_202611.md);
+# an entry of both implementations at a size makes `choose_iteration` go by time there.
 RATES: dict[MeasuredAt, Rates] = {
-    MeasuredAt("H100", "torch", 2048): Rates(684, 662, 619, "64 x 1408x2048, fp16, 2026-11-21"),
+    MeasuredAt("H100", "torch", 4096): Rates(770, 467, 708, "64 x 1408x2048, fp16, 2026-11-28"),
+    MeasuredAt("H100", "symmetric", 4096): Rates(969, 919, 708, "the same run"),
     MeasuredAt("H200", "torch", 4096): Rates(781, 516, 721, "64 x 1408x2048, fp16, 2026-11-28"),
     MeasuredAt("H200", "symmetric", 4096): Rates(1113, 1000, 721, "the same run"),
 }

@@ -47,17 +47,15 @@ FLOAT32_TILE = SymmetricTile(64, 64, 32, num_warps=4, num_stages=2, tma=False)
 
 # Of n^2, tiles compute 0.545 at n = 1408 with 128 x 128, 0.595 with 128 x 256, 0.694 with
 # 256 x 256; 0.556 at n = 576 with 64 x 64, 0.617 with 64 x 128, 0.741 with 128 x 128. Two programs
-# share a processor: one multiplies while the other writes (measured: muon_h200_202611.md). Four
-# warps have no registers left for a second, shifted result.
+# share a processor: one multiplies while the other writes (measured: muon_h200_202611.md).
 LARGE_TILE = SymmetricTile(128, 128, 64, num_warps=4, num_stages=3)
-SHIFTED_TILE = SymmetricTile(128, 128, 64, num_warps=8, num_stages=3)
 SMALL_TILE = SymmetricTile(64, 128, 64, num_warps=4, num_stages=4)
 SMALL_ROWS = 640  # few tiles for all sizes: every further one compiles for seconds
 
 # What `epctl bench muon --products` tries.
 CANDIDATES = (
     LARGE_TILE,
-    SHIFTED_TILE,
+    SymmetricTile(128, 128, 64, num_warps=8, num_stages=3),
     SymmetricTile(128, 128, 32, num_warps=4, num_stages=4),
     SymmetricTile(128, 256, 64, num_warps=8, num_stages=4),
     SMALL_TILE,
@@ -65,13 +63,11 @@ CANDIDATES = (
 )
 
 
-def choose_tile(num_rows: int, dtype: torch.dtype, shifted: bool = False) -> SymmetricTile:
-    """Returns the tile for symmetric results of `num_rows` rows, with a shifted one or without."""
+def choose_tile(num_rows: int, dtype: torch.dtype) -> SymmetricTile:
+    """Returns the tile for symmetric results of `num_rows` rows."""
     if dtype.itemsize > 2:
         return FLOAT32_TILE
-    if num_rows <= SMALL_ROWS:
-        return SMALL_TILE
-    return SHIFTED_TILE if shifted else LARGE_TILE
+    return SMALL_TILE if num_rows <= SMALL_ROWS else LARGE_TILE
 
 
 def symmetric_matmul(
@@ -82,20 +78,17 @@ def symmetric_matmul(
     alpha: float = 1.0,
     beta: float = 1.0,
     out: Tensor | None = None,
-    shifted: Tensor | None = None,
-    shift: float = 0.0,
     tile: SymmetricTile | None = None,
 ) -> Tensor:
     """Returns `alpha * left @ right^T + beta * added`, which the caller knows to be symmetric.
 
     Each operand has rows or columns next to each other, so a transposed view costs no copy. The
     result is contiguous, in the dtype of `left`; sums are float32. The upper triangle is the lower
-    one mirrored, so it is symmetric to the bit. No operand may share memory with a result.
+    one mirrored, so it is symmetric to the bit. No operand may share memory with the result.
 
     Args:
         added_BRR: symmetric, or absent.
         out: where the result goes, contiguous; allocated if absent.
-        shifted: also gets the (rounded) result with `shift` added to its diagonal.
         tile: overrides `choose_tile`.
     """
     num_matrices, num_rows, num_summed = left_BRK.shape
@@ -103,35 +96,35 @@ def symmetric_matmul(
     assert num_rows * max(num_rows, num_summed) < 2**31, "offsets within a matrix are 32 bits"
     if out is None:
         out = left_BRK.new_empty(num_matrices, num_rows, num_rows)
+    added = out if added_BRR is None else added_BRR
     assert out.is_contiguous()
-    assert shifted is None or shifted.is_contiguous()
+    assert added.is_contiguous()
     if num_matrices == 0 or num_rows == 0:
         return out
-    tile = tile or choose_tile(num_rows, left_BRK.dtype, shifted is not None)
+    tile = tile or choose_tile(num_rows, left_BRK.dtype)
     transposed = left_BRK.stride(2) != 1
     use_tma = tile.tma and all(_has_window(x, transposed, tile) for x in (left_BRK, right_BRK))
-    added = out if added_BRR is None else added_BRR
-    assert added.is_contiguous()
+    even = num_rows % tile.block_m == 0
+    # A window that reached over a matrix would write into the next one.
+    windows = use_tma and even and _has_window(out, False, tile)
     launch(
         _symmetric_kernel,
         (tile.num_tiles(num_rows), num_matrices),
         _window(left_BRK, transposed, tile.block_m, tile.block_k) if use_tma else left_BRK,
         _window(right_BRK, transposed, tile.block_n, tile.block_k) if use_tma else right_BRK,
         added,
-        out,
-        out if shifted is None else shifted,
+        _window(out, False, tile.block_m, tile.block_m) if windows else out,
         num_rows,
         num_summed,
         *left_BRK.stride(),
         *right_BRK.stride(),
         alpha,
         beta,
-        shift,
         HAS_ADDED=added_BRR is not None,
-        HAS_SHIFTED=shifted is not None,
         USE_TMA=use_tma,
+        WINDOWS=windows,
         TRANSPOSED=transposed,
-        EVEN=num_rows % tile.block_m == 0,
+        EVEN=even and num_rows % tile.block_n == 0,
         EVEN_K=use_tma or (num_rows % tile.block_n == 0 and num_summed % tile.block_k == 0),
         PRECISION="ieee" if left_BRK.dtype == torch.float32 else "tf32",
         BLOCK_M=tile.block_m,
@@ -199,66 +192,79 @@ def _load(
 
 
 @triton.jit
-def _store_block(
-    base, value, mirrored, first_row, first_column, num_rows, EVEN: tl.constexpr, SIDE: tl.constexpr
+def _added_tile(
+    added_ptr,
+    matrix,
+    first_row,
+    first_column,
+    num_rows,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Writes a square block, and its mirror unless it is on the diagonal."""
-    lane = tl.arange(0, SIDE)
-    row, column = first_row + lane, first_column + lane
+    """What is added to a tile, as it is stored."""
+    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+    base = added_ptr + matrix.to(tl.int64) * num_rows * num_rows
     at = base + row[:, None] * num_rows + column[None, :]
-    mirror_at = base + column[:, None] * num_rows + row[None, :]
     if EVEN:
-        tl.store(at, value)
-        if first_row != first_column:
-            tl.store(mirror_at, mirrored)
+        tile = tl.load(at)
     else:
-        row_inside, column_inside = row < num_rows, column < num_rows
-        tl.store(at, value, mask=row_inside[:, None] & column_inside[None, :])
-        if first_row != first_column:
-            tl.store(mirror_at, mirrored, mask=column_inside[:, None] & row_inside[None, :])
+        inside = (row < num_rows)[:, None] & (column < num_rows)[None, :]
+        tile = tl.load(at, mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
-def _finish_block(
+def _store_block(
     total,
+    out,
+    matrix,
     first_row,
     first_column,
-    added_ptr,
-    out_ptr,
-    shifted_ptr,
     num_rows,
-    alpha,
-    beta,
-    shift,
-    HAS_ADDED: tl.constexpr,
-    HAS_SHIFTED: tl.constexpr,
+    WINDOWS: tl.constexpr,
     EVEN: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """Turns a square block of sums into results and stores it, if it is not above the diagonal."""
-    if first_row >= first_column:
-        lane = tl.arange(0, SIDE)
-        row, column = first_row + lane, first_column + lane
-        total *= alpha
-        if HAS_ADDED:
-            at = added_ptr + row[:, None] * num_rows + column[None, :]
-            if EVEN:
-                added = tl.load(at)
-            else:
-                inside = (row < num_rows)[:, None] & (column < num_rows)[None, :]
-                added = tl.load(at, mask=inside, other=0.0)
-            total += beta * added.to(tl.float32)
-        value = total.to(out_ptr.dtype.element_ty)
-        mirrored = value.T
-        # Of a block on the diagonal the lower half decides.
-        value = tl.where(row[:, None] >= column[None, :], value, mirrored)
-        _store_block(out_ptr, value, mirrored, first_row, first_column, num_rows, EVEN, SIDE)
-        if HAS_SHIFTED:
-            moved = (value.to(tl.float32) + shift).to(value.dtype)
-            value = tl.where(row[:, None] == column[None, :], moved, value)
-            _store_block(
-                shifted_ptr, value, mirrored, first_row, first_column, num_rows, EVEN, SIDE
-            )
+    """Stores a square block and its mirror; of one on the diagonal the lower half decides.
+
+    Nothing is stored of a block above the diagonal.
+    """
+    lane = tl.arange(0, SIDE)
+    row, column = first_row + lane, first_column + lane
+    value = total.to(out.dtype if WINDOWS else out.dtype.element_ty)
+    if first_row == first_column:
+        value = tl.where(row[:, None] >= column[None, :], value, value.T)
+        _store_square(out, value, matrix, first_row, first_column, num_rows, WINDOWS, EVEN, SIDE)
+    elif first_row > first_column:
+        _store_square(out, value, matrix, first_row, first_column, num_rows, WINDOWS, EVEN, SIDE)
+        _store_square(out, value.T, matrix, first_column, first_row, num_rows, WINDOWS, EVEN, SIDE)
+
+
+@triton.jit
+def _store_square(
+    out,
+    value,
+    matrix,
+    first_row,
+    first_column,
+    num_rows,
+    WINDOWS: tl.constexpr,
+    EVEN: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Stores a block at its place in one matrix."""
+    if WINDOWS:
+        out.store([matrix * num_rows + first_row, first_column], value)
+    else:
+        row, column = first_row + tl.arange(0, SIDE), first_column + tl.arange(0, SIDE)
+        base = out + matrix.to(tl.int64) * num_rows * num_rows
+        at = base + row[:, None] * num_rows + column[None, :]
+        if EVEN:
+            tl.store(at, value)
+        else:
+            inside = (row < num_rows)[:, None] & (column < num_rows)[None, :]
+            tl.store(at, value, mask=inside)
 
 
 @triton.jit
@@ -266,8 +272,7 @@ def _symmetric_kernel(
     left,
     right,
     added_ptr,
-    out_ptr,
-    shifted_ptr,
+    out,
     num_rows,
     num_summed,
     left_stride_b,
@@ -278,10 +283,9 @@ def _symmetric_kernel(
     right_stride_k,
     alpha,
     beta,
-    shift,
     HAS_ADDED: tl.constexpr,
-    HAS_SHIFTED: tl.constexpr,
     USE_TMA: tl.constexpr,
+    WINDOWS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EVEN: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -299,6 +303,10 @@ def _symmetric_kernel(
     tile_row, tile_column = _triangle_place(tl.program_id(0), BLOCK_N // BLOCK_M)
     first_row = tile_row * BLOCK_M
     first_column = tile_column * BLOCK_N
+    if HAS_ADDED:  # asked for before the first product, so that it is there after the last
+        added = _added_tile(
+            added_ptr, matrix, first_row, first_column, num_rows, EVEN, BLOCK_M, BLOCK_N
+        )
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_summed, BLOCK_K):
         a = _load(
@@ -312,28 +320,18 @@ def _symmetric_kernel(
             USE_TMA, TRANSPOSED, EVEN_K, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         total = tl.dot(a, b.T, total, input_precision=PRECISION)
-    begin = matrix.to(tl.int64) * num_rows * num_rows
-    added_ptr += begin
-    out_ptr += begin
-    shifted_ptr += begin
+    total *= alpha
+    if HAS_ADDED:
+        total += beta * added.to(tl.float32)
     if BLOCK_N == BLOCK_M:
-        _finish_block(
-            total, first_row, first_column, added_ptr, out_ptr, shifted_ptr, num_rows,
-            alpha, beta, shift, HAS_ADDED, HAS_SHIFTED, EVEN, BLOCK_M,
-        )  # fmt: skip
+        _store_block(total, out, matrix, first_row, first_column, num_rows, WINDOWS, EVEN, BLOCK_M)
     else:
-        # Two square blocks side by side: what is stored and mirrored is a whole block or nothing,
-        # and half the sums at a time fit in registers beside what is added to them.
+        # Two square blocks side by side: what is stored and mirrored is a whole block or nothing.
         tl.static_assert(BLOCK_N == 2 * BLOCK_M)
         first, second = total.reshape(BLOCK_M, 2, BLOCK_M).permute(0, 2, 1).split()
-        _finish_block(
-            first, first_row, first_column, added_ptr, out_ptr, shifted_ptr, num_rows,
-            alpha, beta, shift, HAS_ADDED, HAS_SHIFTED, EVEN, BLOCK_M,
-        )  # fmt: skip
-        _finish_block(
-            second, first_row, first_column + BLOCK_M, added_ptr, out_ptr, shifted_ptr, num_rows,
-            alpha, beta, shift, HAS_ADDED, HAS_SHIFTED, EVEN, BLOCK_M,
-        )  # fmt: skip
+        _store_block(first, out, matrix, first_row, first_column, num_rows, WINDOWS, EVEN, BLOCK_M)
+        first_column += BLOCK_M
+        _store_block(second, out, matrix, first_row, first_column, num_rows, WINDOWS, EVEN, BLOCK_M)
 
 
 @triton.jit

@@ -65,7 +65,7 @@ HOPPER = TileTable(
     down=Tile(128, 256, 64, num_warps=8, num_stages=3),
     down_backward=Tile(128, 128, 64, num_warps=8, num_stages=3, max_registers=128, slice_n=32),
     input_gradient=Tile(128, 256, 32, num_warps=8, num_stages=3),
-    down_weight_gradient=Tile(256, 128, 64, num_warps=8, num_stages=3),
+    down_weight_gradient=Tile(128, 256, 64, num_warps=8, num_stages=3),
     gate_up_weight_gradient=Tile(128, 256, 64, num_warps=8, num_stages=3),
 )
 HOPPER_FEW_ROWS = TileTable(
