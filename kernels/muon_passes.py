@@ -71,16 +71,24 @@ def mix_momentum_(
     momentum: float,
     *,
     nesterov: bool,
+    divisor: Tensor | None = None,
     implementation: Implementation = "torch",
 ) -> None:
     """Folds the gradient into the momentum (a moving average) and turns it into the direction.
 
     Both are changed in place and have as many elements; the gradient is float32, the buffer may be
     bfloat16, which is rounded once, after the sum in float32.
+
+    Args:
+        divisor: what the gradient is divided by first (clipping), float32, one element.
     """
+    if divisor is not None:
+        divisor = divisor.to(gradient_P.device)
     if implementation == "triton":
-        _triton().mix_momentum_(gradient_P, buffer_P, momentum, nesterov=nesterov)
+        _triton().mix_momentum_(gradient_P, buffer_P, momentum, nesterov=nesterov, divisor=divisor)
         return
+    if divisor is not None:
+        gradient_P.div_(divisor)
     average = buffer_P.float().lerp_(gradient_P.view_as(buffer_P), 1 - momentum)
     if average is not buffer_P:
         buffer_P.copy_(average)

@@ -21,15 +21,22 @@ SPAN = 16 * BLOCK  # elements of a matrix whose squares one program adds up
 NUM_WARPS = 8
 
 
-def mix_momentum_(gradient_P: Tensor, buffer_P: Tensor, momentum: float, *, nesterov: bool) -> None:
+def mix_momentum_(
+    gradient_P: Tensor,
+    buffer_P: Tensor,
+    momentum: float,
+    *,
+    nesterov: bool,
+    divisor: Tensor | None = None,
+) -> None:
     """See `muon_passes.mix_momentum_`."""
     num_elements = gradient_P.numel()
     if num_elements == 0:
         return
     launch(
         _mix_kernel, (ceil_div(num_elements, BLOCK),),
-        gradient_P, buffer_P, num_elements, momentum, NESTEROV=nesterov, BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        gradient_P, buffer_P, gradient_P if divisor is None else divisor, num_elements, momentum,
+        HAS_DIVISOR=divisor is not None, NESTEROV=nesterov, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -75,11 +82,20 @@ def apply_update_(
 
 @triton.jit
 def _mix_kernel(
-    gradient_ptr, buffer_ptr, num_elements, momentum, NESTEROV: tl.constexpr, BLOCK: tl.constexpr
+    gradient_ptr,
+    buffer_ptr,
+    divisor_ptr,
+    num_elements,
+    momentum,
+    HAS_DIVISOR: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_elements
     gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DIVISOR:
+        gradient /= tl.load(divisor_ptr)
     buffer = tl.load(buffer_ptr + at, mask=inside, other=0.0).to(tl.float32)
     average = buffer + (gradient - buffer) * (1 - momentum)
     tl.store(buffer_ptr + at, average.to(buffer_ptr.dtype.element_ty), mask=inside)

@@ -221,6 +221,13 @@ def activation_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
             "gradients": max(layer.backward for layer, _ in layers),
         },
     )  # fmt: skip
+    if full:
+        last = layers[0][0]  # the MoE layers, where there are any, come last
+        yield Term(
+            "last layer, not recomputed", "activations", last.kept + last.dispatch,
+            "what forward leaves of a layer; in backward it is the one layer's",
+            Phase.LOSS,
+        )  # fmt: skip
     yield from _dispatch_terms(shape, plan, [(layer.dispatch, n) for layer, n in layers])
     if mask := _mask_elements(shape, plan):
         yield Term(

@@ -19,6 +19,7 @@ from epctl.runtime.data_batch import Batch
 from epctl.runtime.engine import train_step
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.names import HubTensor, hub_tensors
+from epctl.runtime.optimizer import MatrixOptimizer
 
 Squares = dict[str, tuple[float, float]]
 
@@ -123,7 +124,7 @@ def _add_difference(squares: dict[str, Tensor], tensor: HubTensor, expected: Ten
 
 
 class GradientObserver:
-    """Sums squared gradients by part as the optimizer receives them, each element once."""
+    """Sums squared gradients by part as the optimizer uses them, each element once."""
 
     def __init__(self, engine: Any, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -134,17 +135,19 @@ class GradientObserver:
         self._squares: dict[str, float] = {}
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # epctl's own clips as it reads; DeepSpeed's gets gradients that are clipped.
+        divisor = optimizer.divisor if isinstance(optimizer, MatrixOptimizer) else 1.0
         for group in optimizer.param_groups:
             for flat in group["params"]:
                 if flat.grad is not None:
-                    self._add(self.partitions[id(flat)], flat.grad.view(-1))
+                    self._add(self.partitions[id(flat)], flat.grad.view(-1), divisor)
 
-    def _add(self, partition: seams.FlatPartition, gradient: Tensor) -> None:
+    def _add(self, partition: seams.FlatPartition, gradient: Tensor, divisor: float) -> None:
         for fragment in partition.fragments_by_rank[partition.group_rank]:
             piece = gradient[fragment.offset : fragment.offset + fragment.num_elements]
             replicas = self._replicas(fragment.parameter) if partition.process_group is None else 1
             part = self.part_of_parameter[id(fragment.parameter)]
-            square = float(piece.double().square().sum()) / replicas
+            square = float(piece.double().square().sum()) / divisor**2 / replicas
             self._squares[part] = self._squares.get(part, 0.0) + square
 
     def _replicas(self, parameter: torch.nn.Parameter) -> int:

@@ -10,8 +10,7 @@ import contextlib
 import datetime
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -33,11 +32,14 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
+from epctl.runtime.decoder import decoder_layers
+from epctl.runtime.flat_partition import FlatPartition, Fragment, end_to_end
 from epctl.runtime.mesh import Mesh, validate_expert_parallel, validate_sequence_parallel
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Fragment",
     "check_finite_by_norm",
     "client_optimizer",
+    "clip_in_optimizer",
     "create_mesh",
     "flat_partitions",
     "frozen_experts",
@@ -57,7 +60,11 @@ __all__ = [
     "release_engine",
     "replica_group",
     "split_expert_groups",
+    "sum_norms_by_rows",
 ]
+
+ZERO_OPTIMIZERS = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+NORM_ROW = 4096  # elements whose squares are added up in float32
 
 
 # --- process groups ---------------------------------------------------------------------------
@@ -200,11 +207,9 @@ def gather_by_layer(model: Any, stage: int) -> None:
     own gradients are: so never the first layer that is trained behind frozen ones, nor towers,
     which take pixels, may be called twice, or with names alone.
     """
-    if stage < 3 or not hasattr(model, "get_decoder"):
+    layers = decoder_layers(model)
+    if stage < 3 or not layers:
         return
-    decoder = model.get_decoder()
-    lists = [list(child) for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    layers = max(lists, key=lambda found: len(found), default=[])
     if len({id(layer) for layer in layers}) < len(layers):
         return  # one that is called twice would be reduced twice
     input_trains = any(p.requires_grad for p in model.get_input_embeddings().parameters())
@@ -227,6 +232,57 @@ def check_finite_by_norm(engine: Any) -> None:
         optimizer.check_overflow = lambda partition_gradients=True: None
 
 
+def sum_norms_by_rows(engine: Any) -> None:
+    """Has ZeRO take gradient norms in one pass, without a float64 copy of every gradient.
+
+    It is shown the norms of rows of a gradient in the gradient's place, which have the norm of the
+    whole; what is made of them stays in float64 (`get_grad_norm_direct` of zero/stage_1_and_2.py
+    and zero/stage3.py).
+    """
+    zero = engine.optimizer
+    if not isinstance(zero, ZERO_OPTIMIZERS):
+        return
+    original = zero.get_grad_norm_direct
+
+    def by_rows(gradients: Any, parameters: Any, norm_type: float = 2) -> Any:
+        rows = map(_row_norms, gradients) if norm_type == 2 else gradients
+        return original(list(rows), parameters, norm_type)
+
+    zero.get_grad_norm_direct = by_rows
+
+
+def _row_norms(gradient: Tensor) -> Tensor:
+    """Returns a vector of the norm of `gradient`; what ZeRO-1/2 marks as padding stays marked."""
+    num_whole = gradient.numel() // NORM_ROW * NORM_ROW
+    if getattr(gradient, "_zero_padding", False) or not num_whole:
+        return gradient
+    flat = gradient.detach().reshape(-1)
+    rows = flat[:num_whole].view(-1, NORM_ROW)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return torch.cat([norms, flat[num_whole:].float()])
+
+
+def clip_in_optimizer(engine: Any, divide_gradients_by: Callable[[Tensor | None], None]) -> None:
+    """Has ZeRO tell the client optimizer what to divide gradients by, for clipping and unscaling.
+
+    It would multiply every gradient in a pass of its own, by one as well, and wait for the norm
+    once a group (`unscale_and_clip_grads` of zero/stage_1_and_2.py and zero/stage3.py).
+    """
+    zero = engine.optimizer
+    if not isinstance(zero, ZERO_OPTIMIZERS):
+        return
+
+    def tell(_: Any, total_norm: Tensor | None) -> None:
+        scale, most = float(zero.loss_scale), float(zero.clip_grad)
+        if total_norm is not None and most > 0.0:
+            clip = ((total_norm.float() / scale + 1e-6) / most).clamp(min=1.0)
+            divide_gradients_by(clip * scale)
+        else:
+            divide_gradients_by(None if scale == 1.0 else torch.tensor(scale))
+
+    zero.unscale_and_clip_grads = tell
+
+
 @contextlib.contextmanager
 def full_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Shows whole Parameters at ZeRO-3; does nothing at other stages. A collective."""
@@ -241,30 +297,6 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 # --- what a client optimizer receives ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Elements `[start, start + num_elements)` of a Parameter, at `offset` of a flat partition."""
-
-    parameter: nn.Parameter
-    start: int
-    num_elements: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class FlatPartition:
-    """A float32 tensor the optimizer steps on, and what every rank of its group holds in theirs.
-
-    `fragments_by_rank[k]` lists what rank k of `process_group` holds; the group is None where
-    nothing is partitioned (ZeRO-0) and every rank holds all.
-    """
-
-    flat: Tensor
-    process_group: dist.ProcessGroup | None
-    group_rank: int
-    fragments_by_rank: tuple[tuple[Fragment, ...], ...]
 
 
 def flat_partitions(engine: Any) -> list[FlatPartition]:
@@ -330,7 +362,7 @@ def _partitions_zero12(optimizer: Any) -> list[FlatPartition]:
         placed = list(zip(parameters, offsets, strict=True))
         length = int(optimizer.partition_size[index])
         group = optimizer.real_dp_process_group[index]
-        result.append(_end_to_end(flat, group, placed, length))
+        result.append(end_to_end(flat, group, placed, length))
     return result
 
 
@@ -342,28 +374,8 @@ def _partitions_bf16_optimizer(optimizer: Any) -> list[FlatPartition]:
         ends = list(itertools.accumulate(p.numel() for p in parameters))
         placed = [(p, end - p.numel()) for p, end in zip(parameters, ends, strict=True)]
         group = optimizer.real_dp_process_group[index]
-        result.append(_end_to_end(flat, group, placed, flat.numel()))
+        result.append(end_to_end(flat, group, placed, flat.numel()))
     return result
-
-
-def _end_to_end(
-    flat: Tensor, group: dist.ProcessGroup, placed: list[tuple[nn.Parameter, int]], length: int
-) -> FlatPartition:
-    """Returns the layout of Parameters at their positions, cut into pieces of `length`."""
-    by_rank = tuple(
-        tuple(_overlaps(placed, rank * length, (rank + 1) * length))
-        for rank in range(dist.get_world_size(group))
-    )
-    return FlatPartition(flat, group, dist.get_rank(group), by_rank)
-
-
-def _overlaps(placed: list[tuple[nn.Parameter, int]], begin: int, end: int) -> Iterator[Fragment]:
-    """Yields what of each Parameter falls into `[begin, end)` of the concatenation."""
-    for parameter, position in placed:
-        low = max(begin, position)
-        high = min(end, position + parameter.numel())
-        if low < high:
-            yield Fragment(parameter, low - position, high - low, low - begin)
 
 
 def replica_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:

@@ -71,8 +71,10 @@ def create_engine(
             config=deepspeed_config,
             dist_init_required=False,
         )
-    seams.check_finite_by_norm(engine)
     optimizer = optimizers[-1]
+    seams.check_finite_by_norm(engine)
+    seams.sum_norms_by_rows(engine)
+    seams.clip_in_optimizer(engine, optimizer.divide_gradients_by)
     optimizer.wire(seams.flat_partitions(engine), engine.device)
     interval = 1 if config.optim.qk_clip is not None else config.optim.attention_logit_interval
     if interval:

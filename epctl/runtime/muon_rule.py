@@ -46,10 +46,15 @@ class MuonRule:
     method: Method = "auto"
     kernels: Kernels = "auto"
 
-    def mix_momentum_(self, gradient: Tensor, buffer: Tensor) -> None:
-        """Folds the gradient into the momentum and turns it into the direction, both in place."""
+    def mix_momentum_(
+        self, gradient: Tensor, buffer: Tensor, divisor: Tensor | None = None
+    ) -> None:
+        """Folds the gradient over `divisor` into the momentum and turns it into the direction.
+
+        Both are changed in place.
+        """
         mix_momentum_(
-            gradient, buffer, self.momentum, nesterov=self.nesterov,
+            gradient, buffer, self.momentum, nesterov=self.nesterov, divisor=divisor,
             implementation=self.passes(gradient.device),
         )  # fmt: skip
 

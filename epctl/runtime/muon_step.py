@@ -36,6 +36,7 @@ class UnitStep:
     Attributes:
         gradients: flat float32 tensors that are turned into directions in place.
         buffers: momentum.
+        divisor: of the gradients, one element; None is one.
     """
 
     unit: MuonUnit
@@ -43,6 +44,7 @@ class UnitStep:
     buffers: list[Tensor]
     rates: list[float]
     decays: list[float]
+    divisor: Tensor | None = None
 
 
 def step_units(steps: Sequence[UnitStep], rule: MuonRule, device: torch.device) -> None:
@@ -77,7 +79,7 @@ def _start(
 ) -> Iterator[tuple[UnitStep, Chunk, SlicesToOwners]]:
     for step in steps:
         for gradient, buffer in zip(step.gradients, step.buffers, strict=True):
-            rule.mix_momentum_(gradient, buffer)
+            rule.mix_momentum_(gradient, buffer, step.divisor)
         group = step.unit.process_group
         for chunk in step.unit.chunks:
             yield step, chunk, SlicesToOwners(step.gradients, chunk, group, device)

@@ -63,6 +63,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._units: list[MuonUnit] = []
         self._row_factors: dict[int, Tensor] = {}
         self._skips_steps = False
+        self._divisor: Tensor | None = None
         self.attention_logits: AttentionLogits | None = None
 
     def wire(self, partitions: list[FlatPartition], device: torch.device | None = None) -> None:
@@ -117,6 +118,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         self._skips_steps = skip
 
+    def divide_gradients_by(self, divisor: Tensor | None) -> None:
+        """Says what gradients are divided by as they are read, until it is said otherwise.
+
+        So clipping and unscaling take no pass of their own over all gradients.
+
+        Args:
+            divisor: float32, one element, on any device; None is one.
+        """
+        self._divisor = divisor
+
+    @property
+    def divisor(self) -> float:
+        """What gradients are divided by as they are read; the host waits for it."""
+        return 1.0 if self._divisor is None else float(self._divisor)
+
     def scale_rows_after_step(self, factors: Mapping[int, Tensor]) -> None:
         """Multiplies rows of Parameters (by id: one float32 factor a row) after the next step."""
         self._row_factors = dict(factors)
@@ -159,15 +175,20 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._scale_rows(flat)
 
     def _step_adamw(self, flat: Tensor, group: dict[str, Any]) -> None:
+        """One pass over gradient, master and both moments, by torch's fused kernel."""
         state = self.state[flat]
         beta1, beta2 = group["betas"]
+        # Counted on the host; the kernel wants it beside the master.
+        step = torch.full((), float(state["step"]), device=flat.device)
         adamw(
             [flat],
             [flat.grad.to(flat.dtype)],  # type: ignore[union-attr]
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],
-            [state["step"]],
+            [step],
+            fused=True,
+            grad_scale=None if self._divisor is None else self._divisor.to(flat.device),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -176,6 +197,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        state["step"] += 1
 
     def _unit_step(self, unit: MuonUnit, groups: list[dict[str, Any]]) -> UnitStep:
         return UnitStep(
@@ -184,6 +206,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             buffers=[self.state[flat]["momentum_buffer"] for flat in unit.flats],
             rates=[group["lr"] for group in groups],
             decays=[group["weight_decay"] for group in groups],
+            divisor=self._divisor,
         )
 
     def _gradient(self, flat: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Activation checkpointing: what backward makes again instead of keeping.
 
-`full` recomputes each decoder layer (transformers' own hook), `attention` and `moe` only that part
-of it. Non-reentrant everywhere, which ZeRO-3's hooks need. A recomputed router sees the very
-tensors of its first forward, so it chooses the same experts; what it counts must be counted once,
-which is what `recomputing` is for.
+`full` recomputes each decoder layer (transformers' own hook) but the last, `attention` and `moe`
+only that part of it. Non-reentrant everywhere, which ZeRO-3's hooks need. A recomputed router sees
+the very tensors of its first forward, so it chooses the same experts; what it counts must be
+counted once, which is what `recomputing` is for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from epctl.config import RunConfig
 from epctl.errors import ConfigError
+from epctl.runtime.decoder import decoder_layers
 from epctl.runtime.deepspeed_seams import AutoEPMoELayer
 
 Mode = Literal["none", "attention", "moe", "full"]
@@ -54,6 +55,8 @@ def set_up_recomputation(model: nn.Module, config: RunConfig) -> None:
     Raises ConfigError if the model has no such part.
     """
     checkpoint_activations(model, config.train.activation_checkpointing)
+    if config.train.activation_checkpointing == "full":
+        keep_last_layer(model)
     if config.moe.recompute == "activation":
         recompute_expert_activations(model)
 
@@ -76,6 +79,21 @@ def checkpoint_activations(model: nn.Module, mode: Mode) -> int:
     for module in found:
         _recompute_forward(module)
     return len(found)
+
+
+def keep_last_layer(model: nn.Module) -> bool:
+    """Takes the last decoder layer out of `full`; returns whether there was one to take out.
+
+    Backward begins with it: it would be made again as soon as it was let go, and where memory
+    peaks, in the backward of one layer, its activations are there either way.
+    """
+    layers = decoder_layers(model)
+    if not layers or not getattr(layers[-1], "gradient_checkpointing", False):
+        return False
+    if layers[-1] in layers[:-1]:
+        return False  # it is all of them
+    layers[-1].gradient_checkpointing = False  # type: ignore[assignment]
+    return True
 
 
 def recompute_expert_activations(model: nn.Module) -> int:

@@ -226,6 +226,28 @@ def nan_on_one_rank(zero: int) -> dict[str, Any]:
     return {"skipped": skipped, "finite": finite, "after": after["dense"], "looked": looked}
 
 
+def lean_and_plain_steps(zero: int) -> dict[str, Any]:
+    """Two clipped steps by the seams of the norm and of clipping, and two by ZeRO's own way."""
+    found: dict[str, Any] = {}
+    seams.NORM_ROW = 16  # the Parameters of a small model have rows too
+    for way in ("lean", "plain"):
+        config, mesh, engine, optimizer, scheduler = make(zero, 2, clipping=0.05)
+        own = vars(engine.optimizer)
+        if way == "plain":
+            del own["get_grad_norm_direct"], own["unscale_and_clip_grads"]
+        steps = [rank_batches(number, config) for number in range(2)]
+        norms = [train_step(engine, scheduler, batches, config, mesh)[1] for batches in steps]
+        found[way] = {
+            "norms": norms,
+            "weights": snapshot(engine),
+            "divisor": optimizer.divisor,
+        }
+        engine.destroy()
+    lean, plain = (found[way].pop("weights") for way in ("lean", "plain"))
+    differences = [float((lean[name] - plain[name]).norm() / plain[name].norm()) for name in plain]
+    return found | {"difference": max(differences)}
+
+
 def steps_of_a_part(zero: int, trainable: str) -> list[tuple[float, float]]:
     """Losses and gradient norms where the first trained layer's input needs no gradient."""
     config, mesh, engine, _, scheduler = make(zero, 2, trainable=trainable, accumulation=2)
@@ -263,6 +285,7 @@ def main(folder: Path) -> None:
         result[f"partitions{zero}"] = partitions_cover_everything(zero)
         if zero:
             result[f"nan{zero}"] = nan_on_one_rank(zero)
+            result[f"lean{zero}"] = lean_and_plain_steps(zero)
     for trainable in PARTS:
         for zero in (1, 3):
             result[f"{trainable} {zero}"] = steps_of_a_part(zero, trainable)

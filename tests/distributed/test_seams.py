@@ -113,6 +113,17 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_nothing_on_any(
         assert found["looked"] == (zero == 3)
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_norms_by_rows_and_clipping_in_the_optimizer_are_zeros_own(ranks: Ranks, zero: int) -> None:
+    for rank in ranks:
+        found = rank[f"lean{zero}"]
+        assert found["lean"]["norms"] == pytest.approx(found["plain"]["norms"], rel=1e-6)
+        assert found["lean"]["divisor"] == pytest.approx(found["lean"]["norms"][1] / 0.05, rel=1e-4)
+        assert found["lean"]["divisor"] > 2
+        assert found["plain"]["divisor"] == 1.0
+        assert found["difference"] < 1e-6
+
+
 @pytest.mark.parametrize("trainable", PARTS)
 def test_zero3_reduces_the_gradients_of_a_part_as_zero1_does(ranks: Ranks, trainable: str) -> None:
     """A layer gathered whole gives its gradients too early where its input needs none."""

@@ -107,8 +107,14 @@ def test_symmetric_products_compile(num_rows: int, variant: str, tmp_path: Path)
 
 
 PASSES = {
-    "mix float32": ("_mix_kernel", {"gradient_ptr": "*fp32", "buffer_ptr": "*fp32"}),
-    "mix bfloat16": ("_mix_kernel", {"gradient_ptr": "*fp32", "buffer_ptr": "*bf16"}),
+    "mix float32": (
+        "_mix_kernel",
+        {"gradient_ptr": "*fp32", "buffer_ptr": "*fp32", "divisor_ptr": "*fp32"},
+    ),
+    "mix bfloat16": (
+        "_mix_kernel",
+        {"gradient_ptr": "*fp32", "buffer_ptr": "*bf16", "divisor_ptr": "*fp32"},
+    ),
     "squares": ("_squares_kernel", {"x_ptr": "*fp32", "squares_ptr": "*fp64"}),
     "normalize": (
         "_normalize_kernel",
@@ -130,7 +136,8 @@ def test_passes_compile(name: str, tmp_path: Path) -> None:
     kernel = getattr(passes, kernel_name)
     scalars = {key: kind for key, kind in SCALARS.items() if key in kernel.arg_names}
     constants = {
-        "NESTEROV": True, "BLOCK": passes.BLOCK, "SPAN": passes.SPAN, "NUM_SPANS": 128,
+        "HAS_DIVISOR": True, "NESTEROV": True, "BLOCK": passes.BLOCK, "SPAN": passes.SPAN,
+        "NUM_SPANS": 128,
     }  # fmt: skip
     compiled = compile_for_hopper(
         kernel,

@@ -17,6 +17,7 @@ from epctl.runtime.mesh import Mesh
 from epctl.runtime.moe import LocalExperts, Router
 from epctl.runtime.recompute import (
     checkpoint_activations,
+    keep_last_layer,
     recompute_expert_activations,
     recomputing,
     set_up_recomputation,
@@ -99,6 +100,23 @@ def test_routing_is_replayed_and_counted_once(mode: str) -> None:
         assert [when for when, _ in chosen[name]] == [False, True][: 1 + again]
         assert all(torch.equal(experts, chosen[name][0][1]) for _, experts in chosen[name])
         assert int(router.tokens_per_expert.sum()) == NUM_TOKENS * TOP_K
+
+
+def test_full_keeps_the_layer_that_backward_begins_with() -> None:
+    model, expected = model_with("full"), model_with("none")
+    assert not keep_last_layer(expected)
+    assert keep_last_layer(model)
+    again: list[int] = []
+    for number, layer in enumerate(model.get_decoder().layers):  # type: ignore[operator, union-attr]
+        layer.self_attn.register_forward_hook(
+            lambda *_, number=number: again.append(number) if recomputing() else None
+        )
+    for each in (model, expected):
+        loss_of(each).backward()
+    last = len(model.get_decoder().layers) - 1  # type: ignore[operator, union-attr, arg-type]
+    assert again == list(reversed(range(last)))
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
 
 def test_a_part_that_is_not_there_is_refused() -> None:
