@@ -4,12 +4,11 @@
 # On a machine without an installation: PYTHONPATH=$PWD TORCH_CUDA_ARCH_LIST=9.0 (CONTRIBUTING.md).
 #
 #   one GPU    kernels       tests marked gpu (2 min on 10 cores)
-#              moe           one block of Moonlight and Qwen3-30B beside its peers (2 min)
+#              moe           one block of Moonlight and Qwen3-30B beside its peers (4 min)
 #              muon          experts beside peers, products by tile (2 min)
 #              muon-ep8      all that a rank of EP=8 owns, and the whole step (2 min)
 #              sanitizer     compute-sanitizer over the block's kernels
-#   two GPUs   train-z3-muon, train-z2-muon   beside DeepSpeed, whose first Muon step compiles for minutes (5 min each)
-#              train-adamw   ZeRO-3 and 2 beside DeepSpeed (4 min)
+#   two GPUs   train-z3, train-z2   Muon and AdamW beside DeepSpeed, whose first Muon step compiles (4 min each)
 #              train-27      the whole Moonlight, epctl alone (3 min)
 #              sp            one vision-language sample over both (4 min)
 set -euo pipefail
@@ -24,15 +23,15 @@ case $name in
   kernels) python3 -m pytest -q -n 10 -p no:cacheprovider tests/kernels tests/unit/test_sequence_attend.py ;;
   moe) bench moe --shape moonlight --tokens 512 --tokens 2048 --tokens 16384 \
     --routing natural --routing zipf --peer deepspeed-fused --peer liger --rounds 11
+    name=moe-peers; bench moe --shape moonlight --tokens 512 --tokens 16384 --peer moe-ops --peer sonicmoe --rounds 9
     name=moe-qwen3; bench moe --shape qwen3-30b --tokens 32768 --peer deepspeed-fused --rounds 9 ;;
   muon) bench muon --products --peer deepspeed-standard --peer deepspeed-gram --peer gram-newton-schulz --rounds 11 ;;
   muon-ep8) bench muon --model $moonlight --ep 8 --peer none --step --rounds 5 ;;
   sanitizer) compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -q -x -p no:cacheprovider \
     tests/kernels/test_triton.py::test_moe_half_routing ;;
-  train-z3-muon) bench train --zero 3 --optim muon --peer deepspeed --rounds 1 --steps 5 ;;
-  train-z2-muon) bench train --zero 2 --optim muon --peer deepspeed --rounds 1 --steps 5 ;;
-  train-adamw) bench train --zero 3,2 --optim adamw --peer deepspeed --rounds 1 --steps 5 ;;
-  train-27) bench train --model $moonlight --zero 3 --optim muon --micro-batch 1 --peer none --rounds 1 --steps 5 ;;
+  train-z3) bench train --zero 3 --optim adamw,muon --peer deepspeed --rounds 1 --steps 4 --no-profile ;;
+  train-z2) bench train --zero 2 --optim adamw,muon --peer deepspeed --rounds 1 --steps 4 --no-profile ;;
+  train-27) bench train --model $moonlight --zero 3 --optim muon --micro-batch 6 --peer none --rounds 1 --steps 5 ;;
   sp) bench multimodal-sp --rounds 3 ;;
   *) echo "unknown run: $name" >&2; exit 2 ;;
 esac

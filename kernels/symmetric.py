@@ -47,7 +47,7 @@ FLOAT32_TILE = SymmetricTile(64, 64, 32, num_warps=4, num_stages=2, tma=False)
 
 # Of n^2, tiles compute 0.545 at n = 1408 with 128 x 128, 0.595 with 128 x 256, 0.694 with
 # 256 x 256; 0.556 at n = 576 with 64 x 64, 0.617 with 64 x 128, 0.741 with 128 x 128. Two programs
-# share a processor: one multiplies while the other writes (measured: muon_h200_202611.md).
+# share a processor: one multiplies while the other writes (benchmarks/muon_h200_202611.md).
 LARGE_TILE = SymmetricTile(128, 128, 64, num_warps=4, num_stages=3)
 SMALL_TILE = SymmetricTile(64, 128, 64, num_warps=4, num_stages=4)
 SMALL_ROWS = 640  # few tiles for all sizes: every further one compiles for seconds
