@@ -61,7 +61,7 @@ def levels(frames: tuple[int, ...], windows: tuple[int, ...], unit: int) -> list
     return [Level("frame", frames), Level("window", windows), Level("merge block", blocks)]
 
 
-def test_the_coarsest_balanced_boundary_is_taken() -> None:
+def test_each_kind_of_picture_is_cut_where_it_should_take_least_time() -> None:
     """A video is cut at frames, one large image at windows, and rows only where nothing else is."""
     video = tuple(range(0, 64 * 256 + 1, 256))
     windows = tuple(range(0, 64 * 256 + 1, 64))
@@ -83,7 +83,27 @@ def test_unbalanced_images_are_not_cut_whole() -> None:
     layers = [LayerKind(32, frames)]
     whole = cut_at(Level("frame", frames), layers, 3840.0, 8)
     chosen = choose_cuts([Level("frame", frames), finest], layers, 3840.0, 8)
-    assert whole.imbalance > 1.1 >= chosen.imbalance
+    assert whole.imbalance > 1.2 >= chosen.imbalance
+    assert chosen.level == "merge block"
+
+
+@pytest.mark.parametrize(("last", "level"), [(1240, "frame"), (1400, "merge block")])
+def test_some_imbalance_is_cheaper_than_an_exchange_in_every_layer(last: int, level: str) -> None:
+    """1.13 against 1.15 with the exchange, as the sixteen mixed images on two H200 were."""
+    frames = offsets_of([1000, last])
+    finest = Level("merge block", tuple(range(0, frames[-1] + 1, 4)))
+    layers = [LayerKind(8, frames)]
+    whole = cut_at(Level("frame", frames), layers, 1e6, 2)
+    assert (whole.imbalance < 1.15) == (level == "frame")
+    assert choose_cuts([Level("frame", frames), finest], layers, 1e6, 2).level == level
+
+
+def test_an_exchange_in_few_layers_is_cheaper_than_little_imbalance() -> None:
+    """Qwen2.5-VL: with cuts at windows one layer in eight exchanges, 1.9 % by the estimate."""
+    frames = offsets_of([1024, 1152])
+    windows = tuple(range(0, frames[-1] + 1, 64))
+    layers = [LayerKind(4, frames), LayerKind(28, windows)]
+    assert choose_cuts(levels(frames, windows, 4), layers, 1e6, 2).level == "window"
 
 
 def test_only_segments_across_a_cut_need_an_exchange() -> None:

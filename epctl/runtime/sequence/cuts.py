@@ -1,4 +1,4 @@
-"""Where a packed vision sequence is cut: the coarsest boundary that balances the ranks. Pure.
+"""Where a packed vision sequence is cut: coarse boundaries exchange less, fine ones balance. Pure.
 
 A unit of cost is one attended pair of patch rows in one layer; the linear part of a layer counts
 as `linear_cost` pairs a row, so that images of different sizes compare rightly.
@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-# A coarser boundary moves fewer bytes; up to this much imbalance buys that.
+# Tiles of one image are brought together once; up to this much imbalance buys whole images.
 BALANCED = 1.1
+# What an exchange in every layer adds to a tower's work: whole steps took 9 to 15 % longer with it
+# at equal balance (benchmarks/multimodal_sp_h200x2_202611.md), and a step is more than its tower.
+EXCHANGE_COST = 0.15
 
 
 @dataclass(frozen=True)
@@ -53,27 +56,24 @@ class Cuts:
 
 
 def choose_cuts(
-    levels: Sequence[Level],
-    layers: Sequence[LayerKind],
-    linear_cost: float,
-    num_ranks: int,
-    *,
-    balanced: float = BALANCED,
+    levels: Sequence[Level], layers: Sequence[LayerKind], linear_cost: float, num_ranks: int
 ) -> Cuts:
-    """Returns the cuts on the first of `levels` (coarse to fine) whose imbalance is small.
+    """Returns the cuts on the one of `levels` (coarse to fine) that should take the least time.
 
-    If none is, the level that is balanced best. Layers none of whose segments straddles a cut
-    attend locally; the attention of the others is shared evenly over the ranks.
+    That is the slowest rank's work and, for the layers with a segment across a cut, the exchange.
+    Layers none of whose segments straddles a cut attend locally; the attention of the others is
+    shared evenly over the ranks. Of equals the coarsest is taken.
     """
-    best: Cuts | None = None
-    for level in levels:
-        cuts = cut_at(level, layers, linear_cost, num_ranks)
-        if cuts.imbalance <= balanced:
-            return cuts
-        if best is None or cuts.imbalance < best.imbalance:
-            best = cuts
-    assert best is not None, "no level"
-    return best
+    assert levels, "no level"
+    every = [cut_at(level, layers, linear_cost, num_ranks) for level in levels]
+    return min(every, key=lambda cuts: _expected_time(cuts, layers))
+
+
+def _expected_time(cuts: Cuts, layers: Sequence[LayerKind]) -> float:
+    """Time over that of perfectly balanced ranks without an exchange."""
+    num_layers = sum(kind.num_layers for kind in layers)
+    exchanging = sum(k.num_layers for k in layers if not is_local(k.offsets, cuts.offsets))
+    return cuts.imbalance * (1 + EXCHANGE_COST * exchanging / max(1, num_layers))
 
 
 def cut_at(level: Level, layers: Sequence[LayerKind], linear_cost: float, num_ranks: int) -> Cuts:

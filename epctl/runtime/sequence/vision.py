@@ -44,7 +44,7 @@ from epctl.runtime.sequence.tower import (
 )
 from epctl.runtime.sequence.units import TileShare, Units, share_tiles, units_of
 
-# aligned: coarsest boundary that balances. units: whole frames, images or tiles. ulysses: equal
+# aligned: boundary of least expected time. units: whole frames, images or tiles. ulysses: equal
 # rows, an all-to-all in every layer. replicate: every rank runs the tower on everything.
 Strategy = Literal["aligned", "units", "ulysses", "replicate"]
 
