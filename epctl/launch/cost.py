@@ -73,10 +73,11 @@ def link(size: int, ranks_per_node: int, rates: Rates) -> float:
     return rates.nvlink if size <= ranks_per_node else rates.network
 
 
-def _passes(plan: RankPlan, part: str) -> float:
-    """Forward and backward in units of a forward: 3, or 4 where forward is made again."""
-    again = plan.checkpointing == "full" or plan.checkpointing == part
-    return 4.0 if again else 3.0
+def _again(shape: ModelShape, plan: RankPlan, part: str) -> float:
+    """The share of decoder layers whose `part` is made again; of `full` all but the last."""
+    if plan.checkpointing == "full":
+        return 1 - 1 / shape.num_layers
+    return float(plan.checkpointing == part)
 
 
 def _experts(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
@@ -89,7 +90,8 @@ def _experts(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     imbalance = plan.imbalance if plan.ep > 1 else 1.0
     # All products but the last are made again, which is two of three.
     again = (products - 1) / products if plan.recomputes_experts else 0.0
-    return (_passes(plan, "moe") + again) * forward * imbalance / rates.expert_flops(rows)
+    passes = 3 + _again(shape, plan, "moe") + again
+    return passes * forward * imbalance / rates.expert_flops(rows)
 
 
 def _dense(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
@@ -99,8 +101,9 @@ def _dense(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     # Logits in blocks are made again in backward.
     in_blocks = plan.num_tokens * shape.vocab_size * 4 > plan.logits_bytes
     vision = 2 * plan.patches * plan.micro_batch / plan.sp * _vision_parameters(shape)
-    full = _passes(plan, "full")
-    return (full * (layers + vision) + (4 if in_blocks else 3) * head) / rate
+    layers *= 3 + _again(shape, plan, "full")
+    vision *= 4 if plan.checkpointing == "full" else 3
+    return (layers + vision + (4 if in_blocks else 3) * head) / rate
 
 
 def _vision_parameters(shape: ModelShape) -> int:
@@ -123,7 +126,7 @@ def _attention(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
         reach = full * plan.patches + windowed * vision.window_patches
         flops += 4 * plan.micro_batch * plan.patches * reach * vision.hidden_size / plan.sp
     # Backward of attention is two and a half forwards.
-    return (_passes(plan, "attention") + 0.5) * flops / rates.attention
+    return (3.5 + _again(shape, plan, "attention")) * flops / rates.attention
 
 
 def _memory_bound(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
@@ -131,7 +134,7 @@ def _memory_bound(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     kinds = ((True, shape.num_moe_layers), (False, shape.num_layers - shape.num_moe_layers))
     kept = sum(layer_bytes(shape, plan, is_moe=moe).kept * n for moe, n in kinds if n)
     logits = 20 * plan.num_tokens * shape.vocab_size
-    return (2 * kept * _passes(plan, "full") / 3 + logits) / rates.memory
+    return (2 * kept * (1 + _again(shape, plan, "full") / 3) + logits) / rates.memory
 
 
 def _dispatch(shape: ModelShape, plan: RankPlan, rates: Rates, ranks_per_node: int) -> float:
@@ -140,7 +143,7 @@ def _dispatch(shape: ModelShape, plan: RankPlan, rates: Rates, ranks_per_node: i
         return 0.0
     rows = plan.num_tokens * distinct_ranks(plan.ep, shape.num_experts, shape.top_k)
     remote = rows * (plan.ep - 1) / plan.ep * plan.imbalance
-    times = 6 if plan.checkpointing in ("full", "moe") else 4
+    times = 4 + 2 * _again(shape, plan, "moe")
     moved = times * remote * shape.hidden_size * plan.width * shape.num_moe_layers
     return moved / link(plan.ep, ranks_per_node, rates)
 
@@ -218,5 +221,5 @@ def _sequence(shape: ModelShape, plan: RankPlan, rates: Rates, ranks_per_node: i
         return 0.0
     heads = 2 * a.num_heads + 2 * max(a.num_kv_heads, plan.sp)
     moved = heads * a.qk_head_dim * plan.num_tokens * (plan.sp - 1) / plan.sp * plan.width
-    times = 3 if plan.checkpointing in ("full", "attention") else 2
+    times = 2 + _again(shape, plan, "attention")
     return times * moved * shape.num_layers / link(plan.sp, ranks_per_node, rates)

@@ -146,7 +146,7 @@ REASONS: dict[str, str] = {
     "zero_optimization.offload_optimizer.device": "`optim.offload`: state in host memory",
     "zero_optimization.memory_efficient_linear": (
         "torch's own linear: the engine's keeps weights from living between forward and backward, "
-        "which recomputed layers do not do, and takes its time in Python"
+        "which recomputed layers (all but the last) do not do, and takes its time in Python"
     ),
     "zero_optimization.offload_optimizer.pin_memory": "pinned for copies from a GPU",
     "bf16.enabled": "`train.precision`: auto is bfloat16 on GPUs, float32 on CPU",

@@ -222,9 +222,10 @@ def activation_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
         },
     )  # fmt: skip
     if full:
-        last = layers[0][0]  # the MoE layers, where there are any, come last
+        # Of which kind the last one is, the shape does not say.
+        last = max(layer.kept + layer.dispatch for layer, _ in layers)
         yield Term(
-            "last layer, not recomputed", "activations", last.kept + last.dispatch,
+            "last layer, not recomputed", "activations", last,
             "what forward leaves of a layer; in backward it is the one layer's",
             Phase.LOSS,
         )  # fmt: skip

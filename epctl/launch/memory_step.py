@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from epctl.launch.memory_settings import RankPlan
 from epctl.launch.memory_shape import ModelShape
 from epctl.launch.memory_state import LocalCounts, largest_step, local_counts
-from epctl.launch.memory_terms import Phase, Place, Term
+from epctl.launch.memory_terms import Phase, Term
 
 # Elements a rank orthogonalises at once unless one matrix is larger: 188 MB in float32, and a
 # small multiple of that in the iteration. Sixteen of Moonlight's experts: four whole waves of tiles
@@ -17,9 +17,8 @@ MUON_CHUNK_ELEMENTS = 47_000_000
 
 
 def step_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
-    """Yields the temporaries of Muon, AdamW and the engine around them."""
+    """Yields the temporaries of Muon and the engine; AdamW's fused kernel has none."""
     local = local_counts(shape, plan)
-    place: Place = "host" if plan.offload else "device"
     if plan.zero == 3 and not plan.offload:
         largest = largest_step(local, plan)
         yield Term(
@@ -36,13 +35,6 @@ def step_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
         )  # fmt: skip
     if plan.optimizer == "muon" and local.trained("elements", kind="muon"):
         yield _muon_workspace(shape, local, plan)
-    adamw = largest_step(local, plan, "adamw")
-    if adamw:
-        yield Term(
-            "AdamW temporary", "optimizer work", 4 * adamw,
-            "4 B x the largest partition on AdamW: a square root", Phase.STEP, place,
-            values={"elements": adamw},
-        )  # fmt: skip
 
 
 def _muon_workspace(shape: ModelShape, local: LocalCounts, plan: RankPlan) -> Term:

@@ -278,7 +278,7 @@ def clip_in_optimizer(engine: Any, divide_gradients_by: Callable[[Tensor | None]
             clip = ((total_norm.float() / scale + 1e-6) / most).clamp(min=1.0)
             divide_gradients_by(clip * scale)
         else:
-            divide_gradients_by(None if scale == 1.0 else torch.tensor(scale))
+            divide_gradients_by(None if scale == 1.0 else torch.tensor(scale, dtype=torch.float32))
 
     zero.unscale_and_clip_grads = tell
 

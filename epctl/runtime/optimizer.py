@@ -1,7 +1,8 @@
 """Muon for matrices and AdamW for the rest, as one client optimizer of DeepSpeed.
 
-At every ZeRO stage `step()` sees float32 tensors whose gradient is already averaged, unscaled and
-clipped *as the raw gradient*; Muon's orthogonalisation happens here, once an optimizer step. The
+At every ZeRO stage `step()` sees float32 tensors whose gradient is already averaged; what clipping
+and unscaling divide it by, *as the raw gradient*, comes with it (`divide_gradients_by`). Muon's
+orthogonalisation happens here, once an optimizer step. The
 class is not named after Muon: DeepSpeed treats a client optimizer whose class name contains that
 word as its own (zero/stage_1_and_2.py).
 """
@@ -176,13 +177,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _step_adamw(self, flat: Tensor, group: dict[str, Any]) -> None:
         """One pass over gradient, master and both moments, by torch's fused kernel."""
+        assert flat.is_contiguous()  # the kernel goes by places in memory
         state = self.state[flat]
         beta1, beta2 = group["betas"]
         # Counted on the host; the kernel wants it beside the master.
-        step = torch.full((), float(state["step"]), device=flat.device)
+        step = torch.full((), float(state["step"]), dtype=torch.float32, device=flat.device)
         adamw(
             [flat],
-            [flat.grad.to(flat.dtype)],  # type: ignore[union-attr]
+            [flat.grad.to(flat.dtype).contiguous()],  # type: ignore[union-attr]
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from epctl.config import resolve_config
+from epctl.config import OptimSection, resolve_config
 from epctl.launch.cost import step_cost
 from epctl.launch.cost_rates import Rates
 from epctl.launch.memory import predict
@@ -42,7 +42,7 @@ def document() -> dict[str, Any]:
     return loaded
 
 
-def cut_shape(model: str, num_layers: int) -> tuple[ModelShape, Any]:
+def cut_shape(model: str, num_layers: int, optim: str = "muon") -> tuple[ModelShape, Any]:
     """Returns the shape of a catalog model's first layers, and the settings it was made with."""
     source = catalog_source(model)
     assert source is not None
@@ -53,11 +53,12 @@ def cut_shape(model: str, num_layers: int) -> tuple[ModelShape, Any]:
         if not (found := re.match(r"model\.layers\.(\d+)\.", name)) or int(found[1]) < num_layers
     }
     cut = dataclasses.replace(source, config=config, tensors=tensors)
-    return model_shape(detect(cut), config), config
+    return model_shape(detect(cut), config, OptimSection(name=optim)), config
 
 
 def plan_of(run: dict[str, Any]) -> tuple[ModelShape, RankPlan]:
-    shape, _ = cut_shape(run["model"], run["num_layers"])
+    optim = run["settings"].get("optim.name", "muon")
+    shape, _ = cut_shape(run["model"], run["num_layers"], optim)
     settings = {"model.reference": run["model"], **run["settings"]}
     plan = rank_plan(resolve_config(flags=settings).config, run["num_ranks"], "cuda")
     if run["logits"] == "whole":  # before the loss was made in blocks
