@@ -38,7 +38,7 @@ def case(family: str, optim: str, zero: int, ep: int) -> dict[str, Any]:
 
 SPREAD = [
     case("gpt_oss", "muon", 3, 2),
-    case("llama4_text", "muon", 1, 2),
+    case("llama4_text", "muon", 3, 2),
     case("nemotron_h", "adamw", 3, 2),
     case("granitemoe", "muon", 3, 2),
     case("qwen2_moe", "muon", 2, 2),
