@@ -83,23 +83,23 @@ def test_unbalanced_images_are_not_cut_whole() -> None:
     layers = [LayerKind(32, frames)]
     whole = cut_at(Level("frame", frames), layers, 3840.0, 8)
     chosen = choose_cuts([Level("frame", frames), finest], layers, 3840.0, 8)
-    assert whole.imbalance > 1.2 >= chosen.imbalance
+    assert whole.imbalance > 1.25 > chosen.imbalance
     assert chosen.level == "merge block"
 
 
-@pytest.mark.parametrize(("last", "level"), [(1240, "frame"), (1400, "merge block")])
+@pytest.mark.parametrize(("last", "level"), [(1600, "frame"), (2000, "merge block")])
 def test_some_imbalance_is_cheaper_than_an_exchange_in_every_layer(last: int, level: str) -> None:
-    """1.13 against 1.15 with the exchange, as the sixteen mixed images on two H200 were."""
+    """1.23 against 1.25 with the exchange; the sixteen mixed images are 1.13 and 1.16."""
     frames = offsets_of([1000, last])
     finest = Level("merge block", tuple(range(0, frames[-1] + 1, 4)))
     layers = [LayerKind(8, frames)]
     whole = cut_at(Level("frame", frames), layers, 1e6, 2)
-    assert (whole.imbalance < 1.15) == (level == "frame")
+    assert (whole.imbalance < 1.25) == (level == "frame")
     assert choose_cuts([Level("frame", frames), finest], layers, 1e6, 2).level == level
 
 
 def test_an_exchange_in_few_layers_is_cheaper_than_little_imbalance() -> None:
-    """Qwen2.5-VL: with cuts at windows one layer in eight exchanges, 1.9 % by the estimate."""
+    """Qwen2.5-VL: with cuts at windows one layer in eight exchanges, 3 % by the estimate."""
     frames = offsets_of([1024, 1152])
     windows = tuple(range(0, frames[-1] + 1, 64))
     layers = [LayerKind(4, frames), LayerKind(28, windows)]

@@ -12,9 +12,10 @@ from itertools import pairwise
 
 # Tiles of one image are brought together once; up to this much imbalance buys whole images.
 BALANCED = 1.1
-# What an exchange in every layer adds to a tower's work: whole steps took 9 to 15 % longer with it
-# at equal balance (benchmarks/multimodal_sp_h200x2_202611.md), and a step is more than its tower.
-EXCHANGE_COST = 0.15
+# What an exchange in every layer adds to a tower's work: on two H200 it added 10, 16 and 25 % of a
+# balanced step to a video, 64 tiles and 16 images (benchmarks/multimodal_sp_h200x2_202611.md), and
+# a tower is part of its step.
+EXCHANGE_COST = 0.25
 
 
 @dataclass(frozen=True)
