@@ -166,22 +166,16 @@ class Bench:
 
     def _runs(self, sample: Sample) -> dict[Key, Run]:
         """Returns a step of one rank alone, and of every mode on its ranks."""
-        runs: dict[Key, Run] = {ALONE: partial(self._whole, sample)}
+        # One rank by the same attention functions: the kernels of all rows are alike.
+        runs: dict[Key, Run] = {ALONE: partial(self._sharded, sample, 1, "aligned")}
         for size in self.groups:
             for mode in sample.workload.modes:
                 runs[size, mode] = partial(self._sharded, sample, size, mode)
         return runs
 
-    def _whole(self, sample: Sample) -> None:
-        """One rank alone, by the same attention functions: the kernels of all rows are alike."""
-        if self.rank == 0:
-            with sharded(sample.model, SequenceGroup(), "aligned"):
-                sample.model(**sample.inputs).loss.backward()
-            sample.model.zero_grad(set_to_none=True)
-
     def _sharded(self, sample: Sample, size: int, mode: Mode) -> None:
         if self.rank < size:
-            with sharded(sample.model, self.groups[size], mode):
+            with sharded(sample.model, self.groups.get(size, SequenceGroup()), mode):
                 sample.model(**sample.inputs).loss.backward()
             sample.model.zero_grad(set_to_none=True)
 

@@ -113,6 +113,34 @@ def _transformers_router(problem: Problem) -> Any:
     return router
 
 
+def _behind_router(
+    problem: Problem,
+    name: str,
+    experts: Any,
+    run: Callable[[Tensor, Tensor], Tensor],
+    note: str,
+) -> Implementation:
+    """Returns experts with fused parameters behind the DeepSeek-V3 router of transformers.
+
+    Args:
+        run: takes the experts chosen and their weights, [T, K] each.
+    """
+    router = _transformers_router(problem)
+    block = nn.ModuleDict({"router": router, "experts": experts})
+
+    def forward() -> Tensor:
+        _, weights_TK, experts_TK = router(problem.x_TD)
+        return run(experts_TK, weights_TK)
+
+    return Implementation(
+        name,
+        forward,
+        _fused_gradients(experts, router.weight, problem),
+        _zero_gradients(block, problem),
+        f"{note}, DeepSeek-V3 router of transformers",
+    )
+
+
 def _transformers(problem: Problem) -> Implementation:
     from transformers.models.qwen3_moe import Qwen3MoeConfig
     from transformers.models.qwen3_moe import modeling_qwen3_moe as modeling
@@ -126,20 +154,13 @@ def _transformers(problem: Problem) -> Implementation:
         experts = modeling.Qwen3MoeExperts(config)
     stored = _FusedExperts(problem)
     experts.gate_up_proj, experts.down_proj = stored.gate_up_proj, stored.down_proj
-    router = _transformers_router(problem)
-    block = nn.ModuleDict({"router": router, "experts": experts})
 
-    def forward() -> Tensor:
-        _, weights_TK, experts_TK = router(problem.x_TD)
+    def run(experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD: Tensor = experts(problem.x_TD, experts_TK, weights_TK)
         return y_TD
 
-    return Implementation(
-        "transformers",
-        forward,
-        _fused_gradients(experts, router.weight, problem),
-        _zero_gradients(block, problem),
-        "experts_implementation grouped_mm, DeepSeek-V3 router",
+    return _behind_router(
+        problem, "transformers", experts, run, "experts_implementation grouped_mm"
     )
 
 
@@ -148,12 +169,9 @@ def _liger(problem: Problem) -> Implementation:
     os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
     fused: Any = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
 
-    router = _transformers_router(problem)
     experts = _FusedExperts(problem)
-    block = nn.ModuleDict({"router": router, "experts": experts})
 
-    def forward() -> Tensor:
-        _, weights_TK, experts_TK = router(problem.x_TD)
+    def run(experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD: Tensor = fused.apply(
             problem.x_TD,
             experts.gate_up_proj,
@@ -163,25 +181,16 @@ def _liger(problem: Problem) -> Implementation:
         )
         return y_TD
 
-    return Implementation(
-        "liger",
-        forward,
-        _fused_gradients(experts, router.weight, problem),
-        _zero_gradients(block, problem),
-        "autotune off, DeepSeek-V3 router of transformers",
-    )
+    return _behind_router(problem, "liger", experts, run, "autotune off")
 
 
 def _sonicmoe(problem: Problem) -> Implementation:
     functional: Any = importlib.import_module("sonicmoe.functional")
     swiglu: Any = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
     _pin_quack_tiles()
-    router = _transformers_router(problem)
     experts = _FusedExperts(problem)
-    block = nn.ModuleDict({"router": router, "experts": experts})
 
-    def forward() -> Tensor:
-        _, weights_TK, experts_TK = router(problem.x_TD)
+    def run(experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         tables = _sonicmoe_tables(functional, experts_TK.to(torch.int32), problem)
         offsets, gather, scatter, reverse = tables
         num_tokens, num_rows = problem.x_TD.shape[0], experts_TK.numel()
@@ -196,13 +205,7 @@ def _sonicmoe(problem: Problem) -> Implementation:
         )
         return y_TD
 
-    return Implementation(
-        "sonicmoe",
-        forward,
-        _fused_gradients(experts, router.weight, problem),
-        _zero_gradients(block, problem),
-        "quack's default tiles, DeepSeek-V3 router of transformers",
-    )
+    return _behind_router(problem, "sonicmoe", experts, run, "quack's default tiles")
 
 
 def _pin_quack_tiles() -> None:

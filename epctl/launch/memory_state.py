@@ -242,9 +242,8 @@ def _parameter_terms(local: LocalCounts, plan: RankPlan) -> Iterator[Term]:
         )  # fmt: skip
 
 
-def largest_step(local: LocalCounts, plan: RankPlan, kind: Kind | None = None) -> int:
+def largest_step(local: LocalCounts, plan: RankPlan) -> int:
     """Returns the elements of the largest tensor one optimizer step works on."""
     shares = "partition" if plan.zero in (1, 2) else "sliced" if plan.zero == 3 else "largest"
-    sizes = [getattr(g, shares) for g in local.groups if kind in (None, g.kind)]
-    largest = max(sizes, default=0)
+    largest = max((getattr(group, shares) for group in local.groups), default=0)
     return min(largest, plan.engine.sub_group) if plan.zero == 3 else int(largest)

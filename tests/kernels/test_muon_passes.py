@@ -15,6 +15,7 @@ from torch import Tensor
 from epctl.bench.muon_own import GPU_VARIANTS, own_iteration
 from epctl.kernels import muon_passes
 from epctl.kernels.muon_passes import (
+    Implementation,
     PassChoice,
     apply_update_,
     choose_passes,
@@ -80,6 +81,23 @@ def test_momentum(size: int, dtype: torch.dtype, nesterov: bool, device: torch.d
     assert_close(gradient, direction, 20 + 8, torch.float32)
     assert_borders(around_gradient)
     assert_borders(around_buffer)
+
+
+@here
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_momentum_of_a_divided_gradient(
+    implementation: Implementation, device: torch.device
+) -> None:
+    """Clipping: as if the gradient had been divided before, whatever holds the divisor."""
+    gradient, buffer = random(device, 5000), random(device, 5000, seed=1)
+    expected, average = gradient / 3.5, buffer.clone()
+    mix_momentum_(expected, average, 0.95, nesterov=True, implementation=implementation)
+    mix_momentum_(
+        gradient, buffer, 0.95, nesterov=True, divisor=torch.tensor(3.5),
+        implementation=implementation,
+    )  # fmt: skip
+    assert_close(buffer, average.double(), 8, torch.float32)
+    assert_close(gradient, expected.double(), 8, torch.float32)
 
 
 @here

@@ -16,6 +16,8 @@ BALANCED = 1.1
 # balanced step to a video, 64 tiles and 16 images (benchmarks/multimodal_sp_h200x2_202611.md), and
 # a tower is part of its step.
 EXCHANGE_COST = 0.25
+# Cuts that balance like this have next to nothing to gain from a finer boundary.
+EVEN = 1.01
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,16 @@ def choose_cuts(
 
     That is the slowest rank's work and, for the layers with a segment across a cut, the exchange.
     Layers none of whose segments straddles a cut attend locally; the attention of the others is
-    shared evenly over the ranks. Of equals the coarsest is taken.
+    shared evenly over the ranks. Of equals the coarsest is taken, and none finer than one that
+    balances is looked at: it exchanges no less, and every forward waits for this choice.
     """
     assert levels, "no level"
-    every = [cut_at(level, layers, linear_cost, num_ranks) for level in levels]
-    return min(every, key=lambda cuts: _expected_time(cuts, layers))
+    found: list[Cuts] = []
+    for level in levels:
+        found.append(cut_at(level, layers, linear_cost, num_ranks))
+        if found[-1].imbalance <= EVEN:
+            break
+    return min(found, key=lambda cuts: _expected_time(cuts, layers))
 
 
 def _expected_time(cuts: Cuts, layers: Sequence[LayerKind]) -> float:
