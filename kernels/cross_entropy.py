@@ -1,12 +1,12 @@
-"""Cross-entropy of a large vocabulary, a block of logits at a time.
+"""Cross-entropy of a large vocabulary, a block of logits at a time, made once.
 
-Shape suffixes: T tokens, D hidden size, V vocabulary, C columns of one block (a slice of V).
+Shape suffixes: T tokens, D hidden size, V vocabulary, R tokens of one block (a slice of T).
 
-Blocks are cut along the vocabulary, not along the tokens: a row of the weight gradient is then
-made whole by one product, and nothing is summed in half precision over blocks. Logits are made
-again in backward; between the two, one float32 number a token is kept. What is done to a block of
-logits beside products is one Triton kernel each way where there is a GPU: by torch it is seven
-passes over float32 copies.
+Blocks are cut along the tokens: a token's whole row of logits is there at once, so its gradient is
+made in forward, from the same logits, and a step needs three products of the head and not four. The
+gradient of the weight is added up over blocks in float32 and rounded once, in backward. What is
+done to a block of logits beside products is one Triton kernel each for statistics and gradient
+where there is a GPU: by torch it is seven passes over float32 copies.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from epctl.kernels.dispatch import choose_implementation
 
@@ -24,107 +25,120 @@ IGNORED = -100
 
 
 def chunked_cross_entropy(
-    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, num_columns: int, scale: float = 1.0
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    num_rows: int,
+    scale: float = 1.0,
+    divisor: Tensor | float = 1.0,
 ) -> Tensor:
-    """Returns the sum of `-log softmax(scale * x @ weight^T)[label]`, a float32 scalar.
+    """Returns the sum of `-log softmax(scale * x @ weight^T)[label]` over `divisor`, in float32.
 
     Args:
         x_TD: hidden states in the dtype of the weight; products are made in it, the rest in
             float32 (as `F.cross_entropy(logits.float())` of transformers).
         labels_T: int64, `IGNORED` (-100) where a token has no target.
-        num_columns: vocabulary entries of one block; see `columns_within`.
+        num_rows: tokens of one block; see `rows_within`.
         scale: of the logits (Granite divides them).
+        divisor: of the sum, one element; divided by here, gradients are rounded at their own size.
 
-    Gradients flow to `x_TD` and `weight_VD`.
+    Gradients flow to `x_TD` and `weight_VD`; they are made here, and multiplied by that of the
+    result in backward, which may run once.
     """
-    total = _ChunkedCrossEntropy.apply(x_TD, weight_VD, labels_T, num_columns, scale)  # type: ignore[no-untyped-call]
-    return cast(Tensor, total)
+    trains = torch.is_grad_enabled()  # never so in a Function's forward
+    inputs = x_TD, weight_VD, labels_T, num_rows, scale, divisor, trains
+    return cast(Tensor, _ChunkedCrossEntropy.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
-def columns_within(num_bytes: int, x_TD: Tensor) -> int:
-    """Returns how many vocabulary entries a block may have for its logits to take `num_bytes`.
+def rows_within(num_bytes: int, x_TD: Tensor, vocabulary: int) -> int:
+    """Returns how many tokens a block may have for its logits to take `num_bytes`.
 
-    Where the kernels run they exist in the dtype of `x_TD` alone, elsewhere in float32.
+    Where the kernels run they exist in the dtype of `x_TD` alone, elsewhere in float32. Blocks are
+    as equal as they can be: a short last one would be a slow product.
     """
     each = x_TD.element_size() if _runs_triton(x_TD) else 4
-    return max(1, num_bytes // (each * max(1, len(x_TD))))
+    most = max(1, num_bytes // (each * vocabulary))
+    num_blocks = -(-len(x_TD) // most)
+    return -(-len(x_TD) // max(1, num_blocks)) or 1
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, num_columns: int, scale: float
+        ctx: Any,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        num_rows: int,
+        scale: float,
+        divisor: Tensor | float,
+        trains: bool,
     ) -> Tensor:
-        lse_T = x_TD.new_full((len(x_TD),), -torch.inf, dtype=torch.float32)
-        target_T = torch.zeros_like(lse_T)
-        add_statistics = _operations(x_TD).add_statistics_
-        for first in range(0, weight_VD.shape[0], num_columns):
-            logits_TC = x_TD @ weight_VD[first : first + num_columns].t()
-            add_statistics(logits_TC, labels_T, first, scale, lse_T, target_T)
-        ctx.save_for_backward(x_TD, weight_VD, labels_T, lse_T)
-        ctx.num_columns, ctx.scale = num_columns, scale
-        return torch.where(labels_T != IGNORED, lse_T - target_T, 0.0).sum()
+        needs_x, needs_weight = (trains and needed for needed in ctx.needs_input_grad[:2])
+        dx_TD = torch.empty_like(x_TD) if needs_x else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        factor_T = (labels_T != IGNORED).float() * scale / divisor
+        losses, operations = [factor_T[:0]], _operations(x_TD)
+        for first in range(0, len(x_TD), num_rows):
+            x_RD, labels_R = x_TD[first : first + num_rows], labels_T[first : first + num_rows]
+            logits_RV = x_RD @ weight_VD.t()
+            lse_R, target_R = operations.statistics(logits_RV, labels_R, scale)
+            losses.append(torch.where(labels_R != IGNORED, lse_R - target_R, 0.0))
+            if not needs_x and not needs_weight:
+                continue
+            factor_R = factor_T[first : first + num_rows]
+            dlogits_RV = operations.to_gradient_(logits_RV, labels_R, scale, lse_R, factor_R)
+            if dx_TD is not None:
+                torch.mm(dlogits_RV, weight_VD, out=dx_TD[first : first + num_rows])
+            if dweight_VD is not None:
+                _add_product(dweight_VD, dlogits_RV.t(), x_RD)
+        ctx.save_for_backward(dx_TD, dweight_VD)
+        ctx.dtype = weight_VD.dtype
+        return torch.cat(losses).sum() / divisor
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_VD, labels_T, lse_T = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        x_gradient_TD = torch.zeros_like(x_TD, dtype=torch.float32) if needs_x else None
-        weight_gradient_VD = torch.empty_like(weight_VD) if needs_weight else None
-        factor_T = gradients[0].float() * ctx.scale * (labels_T != IGNORED)
-        to_gradient = _operations(x_TD).to_gradient_
-        for first in range(0, weight_VD.shape[0], ctx.num_columns):
-            block_CD = weight_VD[first : first + ctx.num_columns]
-            logits_TC = x_TD @ block_CD.t()
-            d_logits_TC = to_gradient(logits_TC, labels_T, first, ctx.scale, lse_T, factor_T)
-            if x_gradient_TD is not None:
-                x_gradient_TD += d_logits_TC @ block_CD
-            if weight_gradient_VD is not None:
-                torch.mm(
-                    d_logits_TC.t(), x_TD, out=weight_gradient_VD[first : first + len(block_CD)]
-                )
-        x_gradient = None if x_gradient_TD is None else x_gradient_TD.to(x_TD.dtype)
-        return x_gradient, weight_gradient_VD, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        dx_TD, dweight_VD = ctx.saved_tensors
+        if dx_TD is not None:
+            dx_TD = dx_TD.mul_(factor)
+        if dweight_VD is not None:
+            dweight_VD = dweight_VD.mul_(factor).to(ctx.dtype)
+        return dx_TD, dweight_VD, *(None,) * 5
 
 
-def add_statistics_(
-    logits_TC: Tensor, labels_T: Tensor, first: int, scale: float, lse_T: Tensor, target_T: Tensor
-) -> None:
-    """Goes on with each token's log-sum-exp over a block, and takes the logit of its label.
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds `a @ b` to a float32 matrix without rounding it to their dtype first."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # which has no product of that kind
+        total.addmm_(a.float(), b.float())
 
-    Args:
-        logits_TC: a block that begins at vocabulary entry `first`; contiguous.
-        lse_T: float32, of the blocks before (-inf before the first); changed in place.
-        target_T: float32; changed in place where the label is in this block.
-    """
-    logits_TC = logits_TC.float() if scale == 1.0 else logits_TC.float() * scale
-    torch.logaddexp(lse_T, logits_TC.logsumexp(dim=1), out=lse_T)
-    inside_T, column_T = _columns_of_targets(labels_T, first, logits_TC.shape[1])
-    found_T = logits_TC.gather(1, column_T.unsqueeze(1)).squeeze(1)
-    target_T.copy_(torch.where(inside_T, found_T, target_T))
+
+def statistics(logits_RV: Tensor, labels_R: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Returns each token's log-sum-exp and the logit of its label (0 without one), in float32."""
+    wide_RV = logits_RV.float() if scale == 1.0 else logits_RV.float() * scale
+    label_R1 = labels_R.clamp_min(0).unsqueeze(1)
+    target_R = wide_RV.gather(1, label_R1).squeeze(1)
+    return wide_RV.logsumexp(dim=1), target_R.where(labels_R != IGNORED, 0.0)
 
 
 def to_gradient_(
-    logits_TC: Tensor, labels_T: Tensor, first: int, scale: float, lse_T: Tensor, factor_T: Tensor
+    logits_RV: Tensor, labels_R: Tensor, scale: float, lse_R: Tensor, factor_R: Tensor
 ) -> Tensor:
     """Returns the gradient of a block of logits in their dtype; the block may be overwritten.
 
     Args:
-        factor_T: float32, of each token's softmax minus its label.
+        factor_R: float32, of each token's softmax minus its label.
     """
-    wide_TC = logits_TC.float() if scale == 1.0 else logits_TC.float() * scale
-    wide_TC = wide_TC.sub_(lse_T.unsqueeze(1)).exp_()
-    inside_T, column_T = _columns_of_targets(labels_T, first, wide_TC.shape[1])
-    one_T1 = inside_T.to(wide_TC.dtype).unsqueeze(1)
-    wide_TC.scatter_add_(1, column_T.unsqueeze(1), -one_T1)
-    return wide_TC.mul_(factor_T.unsqueeze(1)).to(logits_TC.dtype)
-
-
-def _columns_of_targets(labels_T: Tensor, first: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Returns (whether the label is in the block, its column there or 0)."""
-    column_T = labels_T - first
-    inside_T = (column_T >= 0) & (column_T < num_columns)
-    return inside_T, column_T.masked_fill(~inside_T, 0)
+    wide_RV = logits_RV.float() if scale == 1.0 else logits_RV.float() * scale
+    wide_RV = wide_RV.sub_(lse_R.unsqueeze(1)).exp_()
+    one_R1 = (labels_R != IGNORED).to(wide_RV.dtype).unsqueeze(1)
+    wide_RV.scatter_add_(1, labels_R.clamp_min(0).unsqueeze(1), -one_R1)
+    return wide_RV.mul_(factor_R.unsqueeze(1)).to(logits_RV.dtype)
 
 
 def _runs_triton(x_TD: Tensor) -> bool:

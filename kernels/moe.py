@@ -10,6 +10,7 @@ Shape suffixes: see reference.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -88,6 +89,44 @@ def _h_width(w1_EID: Tensor | None, w3_EID: Tensor) -> int:
     return w3_EID.shape[1] * (1 if w1_EID is None else 2)
 
 
+def _inward(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    w1_EID: Tensor | None,
+    w3_EID: Tensor,
+    biases: list[Tensor],
+    activation: Activation,
+    keep_h: bool,
+    num_rows: int,
+) -> tuple[Tensor | None, Tensor, RoutingTables]:
+    """Returns the activations of all rows (None without any), what is kept of H, and the order."""
+    tiles = _tiles(num_rows, w3_EID)
+    tables = routing_tables(experts_TK, w3_EID.shape[0], tiles.block_rows, num_rows)
+    if not num_rows:
+        return None, x_TD.new_empty(0, _h_width(w1_EID, w3_EID)), tables
+    h, a_NI = gemm.gate_up(
+        x_TD,
+        w1_EID,
+        w3_EID,
+        tables,
+        experts_TK.shape[1],
+        tiles.gate_up,
+        biases=_of_experts(biases),
+        activation=activation,
+        write_h=keep_h,
+    )
+    return a_NI, h, tables
+
+
+def _outward(
+    a_NI: Tensor, weights_TK: Tensor, w2_EDI: Tensor, biases: list[Tensor], tables: RoutingTables
+) -> Tensor:
+    tile = _tiles(len(a_NI), w2_EDI).down
+    y_ND = gemm.down(a_NI, w2_EDI, tables, tile, biases=_of_experts(biases))
+    del a_NI
+    return combine(y_ND, tables.row_of_pair_N, weights_TK, weights_TK.shape[1])[0]
+
+
 def _forward(
     x_TD: Tensor,
     experts_TK: Tensor,
@@ -103,25 +142,12 @@ def _forward(
     keep_h: bool,
     num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    top_k, tiles = experts_TK.shape[1], _tiles(num_rows, w3_EID)
-    tables = routing_tables(experts_TK, w3_EID.shape[0], tiles.block_rows, num_rows)
-    if not num_rows:
-        return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, _h_width(w1_EID, w3_EID)), *tables
-    of_experts = _of_experts(biases)
-    h, a_NI = gemm.gate_up(
-        x_TD,
-        w1_EID,
-        w3_EID,
-        tables,
-        top_k,
-        tiles.gate_up,
-        biases=of_experts,
-        activation=_activation(function, form, limit, alpha),
-        write_h=keep_h,
-    )
-    y_ND = gemm.down(a_NI, w2_EDI, tables, tiles.down, biases=of_experts)
-    del a_NI
-    return combine(y_ND, tables.row_of_pair_N, weights_TK, top_k)[0], h, *tables
+    activation = _activation(function, form, limit, alpha)
+    of_rows = x_TD, experts_TK, w1_EID, w3_EID, biases, activation, keep_h, num_rows
+    a_NI, h, tables = _inward(*of_rows)
+    if a_NI is None:
+        return x_TD.new_zeros(x_TD.shape), h, *tables
+    return _outward(a_NI, weights_TK, w2_EDI, biases, tables), h, *tables
 
 
 _moe_forward = torch.library.custom_op("epctl::moe_forward", mutates_args=())(_forward)
@@ -292,28 +318,69 @@ def _operator_backward(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tup
 _moe_forward.register_autograd(_operator_backward, setup_context=_save)
 
 
-class _Eager(torch.autograd.Function):
-    """The same two functions without the operators around them; biases come last, one by one."""
+class _Passage:
+    """Between the two nodes of a plain call: its second half goes there, a gradient comes back."""
+
+    outward: functools.partial[Tensor] | None = None
+    dy_TD: Tensor | None = None
+
+
+class _Inward(torch.autograd.Function):
+    """The first half of the same two functions without the operators around them.
+
+    It keeps all that backward needs, and the second half nothing: a recomputation ends as soon as
+    all is there again, so it makes neither the down projection nor anything after it. Biases come
+    last, one by one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, passage: _Passage, *inputs: Any) -> Tensor:
         tensors, rest = inputs[:6], inputs[6:]
-        arguments = *tensors, list(rest[RULE_LENGTH:]), *rest[:RULE_LENGTH]
-        output: tuple[Tensor, ...] = _forward(*arguments)
-        _keep(ctx, arguments, output)
-        return output[0]
+        biases = list(rest[RULE_LENGTH:])
+        x_TD, experts_TK, weights_TK, w1_EID, w3_EID, w2_EDI = tensors
+        function, form, limit, alpha, keep_h, num_rows = rest[:RULE_LENGTH]
+        activation = _activation(function, form, limit, alpha)
+        of_rows = x_TD, experts_TK, w1_EID, w3_EID, biases, activation, keep_h, num_rows
+        a_NI, h, tables = _inward(*of_rows)
+        if a_NI is None:
+            passage.outward = functools.partial(x_TD.new_zeros, x_TD.shape)
+        else:
+            passage.outward = functools.partial(_outward, a_NI, weights_TK, w2_EDI, biases, tables)
+        _keep(ctx, (*tensors, biases, *rest[:RULE_LENGTH]), (x_TD, h, *tables))
+        ctx.passage = passage
+        link: Tensor = x_TD.new_empty(0)
+        return link
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Any, ...]:
+        dy_TD, ctx.passage.dy_TD = ctx.passage.dy_TD, None
         if dy_TD is None:
-            return tuple([None] * (6 + RULE_LENGTH + ctx.num_biases))
+            return tuple([None] * (7 + RULE_LENGTH + ctx.num_biases))
         kept, alone = _kept(ctx), sees_only_autograd(dy_TD)
         run: Callable[..., tuple[Tensor, ...]] = _backward if alone else _moe_backward
         tensors, biases = _gradients(ctx, run(dy_TD.contiguous(), *kept))
         # H was overwritten: another backward over this graph must find that out.
         increment_version(kept[H_OF_KEPT])
-        return *tensors, *(None,) * RULE_LENGTH, *biases
+        return None, *tensors, *(None,) * RULE_LENGTH, *biases
+
+
+class _Outward(torch.autograd.Function):
+    """The second half, from the activations of rows to tokens; `link` has no elements."""
+
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, passage: _Passage) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.passage = passage
+        outward, passage.outward = passage.outward, None  # its activations go with it
+        assert outward is not None
+        return outward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor | None) -> tuple[Tensor | None, None]:
+        ctx.passage.dy_TD = dy_TD
+        return None if dy_TD is None else dy_TD.new_empty(0), None
 
 
 def _run(
@@ -322,7 +389,9 @@ def _run(
     if not sees_only_autograd(*tensors, *biases):
         y_TD: Tensor = _moe_forward(*tensors, biases, *rule)[0]
     elif trains:
-        y_TD = cast(Tensor, _Eager.apply(*tensors, *rule, *biases))  # type: ignore[no-untyped-call]
+        passage = _Passage()
+        link = _Inward.apply(passage, *tensors, *rule, *biases)  # type: ignore[no-untyped-call]
+        y_TD = cast(Tensor, _Outward.apply(link, passage))  # type: ignore[no-untyped-call]
     else:
         run: Callable[..., tuple[Tensor, ...]] = _forward
         y_TD = run(*tensors, biases, *rule)[0]

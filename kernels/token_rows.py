@@ -58,7 +58,8 @@ class _TakeRows(torch.autograd.Function):
 class _AddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, tables: TokenRows) -> Tensor:
-        ctx.save_for_backward(*tables)
+        # Not saved: a recomputation would go on to here for integers that it does not change.
+        ctx.tables = tables
         choice = choose_implementation(rows_SD.device, rows_SD.dtype)
         if choice.implementation != "triton":
             return reference.add_rows(rows_SD, tables.row_of_TP)
@@ -69,7 +70,7 @@ class _AddRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return take_rows(gradients[0], TokenRows(*ctx.saved_tensors)), None
+        return take_rows(gradients[0], ctx.tables), None
 
 
 def take_rows(x_TD: Tensor, tables: TokenRows) -> Tensor:

@@ -49,16 +49,17 @@ def _whole(logits: float, plan: RankPlan) -> Iterator[Term]:
 
 def _in_blocks(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
     tokens, width = plan.num_tokens, plan.width
-    columns = max(1.0, plan.logits_bytes // (4 * tokens))
-    block = tokens * min(columns, shape.vocab_size)
+    rows = min(tokens, max(1.0, plan.logits_bytes // (4 * shape.vocab_size)))
     yield Term(
-        "a block of logits", "loss", 8 * block,
-        "2 x 4 B x T x C: logits in float32 and a temporary; C = train.logits_mib / 4 T",
-        Phase.LOSS, values={"T": tokens, "C": columns},
+        "a block of logits", "loss", 8 * rows * shape.vocab_size,
+        "2 x 4 B x R x V: logits in float32 and a temporary; R = train.logits_mib / 4 V",
+        Phase.LOSS, values={"V": shape.vocab_size, "R": rows},
     )  # fmt: skip
+    # Added up in float32 over blocks, and once more in the dtype of the weight when it is given.
+    head = 4 + (width if width < 4 else 0)
     yield Term(
         "gradients of the head and its input", "loss",
-        width * shape.num_head_elements + (4 + 2 * width) * tokens * shape.hidden_size,
-        f"{width} B x V x D + (4 + 2 x {width}) B x T x D", Phase.LOSS,
+        head * shape.num_head_elements + 2 * width * tokens * shape.hidden_size,
+        f"{head} B x V x D + 2 x {width} B x T x D", Phase.LOSS,
         values={"V": shape.vocab_size, "D": shape.hidden_size, "T": tokens},
     )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.fused_norm import fuse_norms
+from epctl.runtime.latent_attention import fuse_latent_attention
 from epctl.runtime.mesh import Mesh, validate_expert_parallel
 from epctl.runtime.moe import ExpertParallelMoE
 from epctl.runtime.moe_blocks import count_experts, swap_moe_blocks
@@ -55,6 +56,7 @@ def build_model(
     if swap:
         swap_moe_blocks(model, config, mesh, dtype)
         fuse_norms(model)
+        fuse_latent_attention(model)
     weights.note_names(model)
     unused = unreached(model) if is_visual(config) else []
     select_trainable(model, trainable, num_experts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epctl.kernels.cross_entropy import IGNORED, chunked_cross_entropy, columns_within
+from epctl.kernels.cross_entropy import IGNORED, chunked_cross_entropy, rows_within
 
 # What a config says of logits that are bent after the head: no scale can stand for it.
 SOFTCAP_KEYS = ("final_logit_softcapping", "output_logit_soft_cap")
@@ -28,16 +28,20 @@ class LossHead(nn.Linear):
         """True if all float32 logits of so many tokens stay within the limit."""
         return num_tokens * self.out_features * 4 <= self.max_logits_bytes
 
-    def forward(self, hidden_BSD: Tensor, shifted_BS: Tensor | None = None) -> Tensor:
-        """Returns logits, or with targets the summed float32 loss over them."""
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        shifted_BS: Tensor | None = None,
+        divisor: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Returns logits, or with targets the summed float32 loss over them, divided."""
         if shifted_BS is None:
             return super().forward(hidden_BSD)
         x_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        num_columns = columns_within(self.max_logits_bytes, x_TD)
+        num_rows = rows_within(self.max_logits_bytes, x_TD, self.out_features)
         labels_T = shifted_BS.reshape(-1)
-        return chunked_cross_entropy(
-            x_TD, self.weight, labels_T, num_columns=num_columns, scale=self.scale
-        )
+        options: dict[str, Any] = {"num_rows": num_rows, "scale": self.scale, "divisor": divisor}
+        return chunked_cross_entropy(x_TD, self.weight, labels_T, **options)
 
 
 def limit_logits(model: Any, max_logits_bytes: int) -> str | None:
@@ -89,11 +93,12 @@ def _forward(
         return type(model).forward(model, input_ids=input_ids, **given, **inputs)
     shifted_BS = _shifted(targets) if shift_labels is None else shift_labels
     hidden_BSD = model.base_model(input_ids=input_ids, **inputs).last_hidden_state
-    total = head(hidden_BSD, shifted_BS)
     divisor = num_items_in_batch
     if divisor is None:  # transformers then takes the mean
         divisor = (shifted_BS != IGNORED).sum()
-    loss = total / (divisor.to(total.device) if torch.is_tensor(divisor) else divisor)
+    if torch.is_tensor(divisor):
+        divisor = divisor.to(hidden_BSD.device)
+    loss = head(hidden_BSD, shifted_BS, divisor)
     return CausalLMOutputWithPast(loss=loss)
 
 

@@ -1,4 +1,6 @@
-"""Every place where epctl relies on an internal of DeepSpeed 0.19.8; nothing else may.
+"""Where epctl relies on an internal of DeepSpeed 0.19.8: groups, layers, partitions.
+
+The other half, what happens to gradients, is in deepspeed_gradients.py; nothing else may.
 
 Each function names the upstream file it leans on. `tests/distributed/test_seams.py` holds one test
 a seam and fails loudly when an upgrade moves it.
@@ -10,7 +12,7 @@ import contextlib
 import datetime
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -32,7 +34,6 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_module
@@ -46,9 +47,7 @@ __all__ = [
     "AutoEPMoELayer",
     "FlatPartition",
     "Fragment",
-    "check_finite_by_norm",
     "client_optimizer",
-    "clip_in_optimizer",
     "create_mesh",
     "flat_partitions",
     "frozen_experts",
@@ -60,12 +59,7 @@ __all__ = [
     "release_engine",
     "replica_group",
     "split_expert_groups",
-    "sum_norms_by_rows",
 ]
-
-ZERO_OPTIMIZERS = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
-NORM_ROW = 4096  # elements whose squares are added up in float32
-
 
 # --- process groups ---------------------------------------------------------------------------
 
@@ -217,70 +211,6 @@ def gather_by_layer(model: Any, stage: int) -> None:
         if input_trains:
             set_z3_leaf_module(layer, True)
         input_trains |= any(p.requires_grad for p in layer.parameters())
-
-
-def check_finite_by_norm(engine: Any) -> None:
-    """Has ZeRO-1 and 2 skip a step for its gradient norm alone, as ZeRO-3 does.
-
-    They read every gradient twice more beforehand to look for inf and NaN, and wait for the answer
-    of all ranks; the norm, taken next, is not finite for the same gradients, and then the step is
-    skipped all the same (zero/stage_1_and_2.py, `step`).
-    """
-    optimizer = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.dtype != torch.float16:
-        assert optimizer.compute_grad_norm
-        optimizer.check_overflow = lambda partition_gradients=True: None
-
-
-def sum_norms_by_rows(engine: Any) -> None:
-    """Has ZeRO take gradient norms in one pass, without a float64 copy of every gradient.
-
-    It is shown the norms of rows of a gradient in the gradient's place, which have the norm of the
-    whole; what is made of them stays in float64 (`get_grad_norm_direct` of zero/stage_1_and_2.py
-    and zero/stage3.py).
-    """
-    zero = engine.optimizer
-    if not isinstance(zero, ZERO_OPTIMIZERS):
-        return
-    original = zero.get_grad_norm_direct
-
-    def by_rows(gradients: Any, parameters: Any, norm_type: float = 2) -> Any:
-        rows = map(_row_norms, gradients) if norm_type == 2 else gradients
-        return original(list(rows), parameters, norm_type)
-
-    zero.get_grad_norm_direct = by_rows
-
-
-def _row_norms(gradient: Tensor) -> Tensor:
-    """Returns a vector of the norm of `gradient`; what ZeRO-1/2 marks as padding stays marked."""
-    num_whole = gradient.numel() // NORM_ROW * NORM_ROW
-    if getattr(gradient, "_zero_padding", False) or not num_whole:
-        return gradient
-    flat = gradient.detach().reshape(-1)
-    rows = flat[:num_whole].view(-1, NORM_ROW)
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    return torch.cat([norms, flat[num_whole:].float()])
-
-
-def clip_in_optimizer(engine: Any, divide_gradients_by: Callable[[Tensor | None], None]) -> None:
-    """Has ZeRO tell the client optimizer what to divide gradients by, for clipping and unscaling.
-
-    It would multiply every gradient in a pass of its own, by one as well, and wait for the norm
-    once a group (`unscale_and_clip_grads` of zero/stage_1_and_2.py and zero/stage3.py).
-    """
-    zero = engine.optimizer
-    if not isinstance(zero, ZERO_OPTIMIZERS):
-        return
-
-    def tell(_: Any, total_norm: Tensor | None) -> None:
-        scale, most = float(zero.loss_scale), float(zero.clip_grad)
-        if total_norm is not None and most > 0.0:
-            clip = ((total_norm.float() / scale + 1e-6) / most).clamp(min=1.0)
-            divide_gradients_by(clip * scale)
-        else:
-            divide_gradients_by(None if scale == 1.0 else torch.tensor(scale, dtype=torch.float32))
-
-    zero.unscale_and_clip_grads = tell
 
 
 @contextlib.contextmanager

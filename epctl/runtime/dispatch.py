@@ -65,8 +65,9 @@ def _start(rows: Tensor, splits: RowSplits) -> tuple[Tensor, dist.Work]:
 class _Travel:
     """An exchange under way: one half of it starts it, the other waits and takes what came."""
 
-    def __init__(self, splits: RowSplits) -> None:
+    def __init__(self, splits: RowSplits, is_kept: bool) -> None:
         self.splits = splits
+        self.is_kept = is_kept
         self.under_way: tuple[Tensor, dist.Work] | None = None
 
     def start(self, rows: Tensor, splits: RowSplits) -> None:
@@ -98,7 +99,10 @@ class _FinishExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, travel: _Travel) -> Tensor:
         ctx.travel, ctx.sent_shape = travel, rows.shape
-        return travel.arrive()
+        received = travel.arrive()
+        if travel.is_kept:
+            ctx.save_for_backward(received)
+        return received
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -108,25 +112,32 @@ class _FinishExchange(torch.autograd.Function):
 
 
 def exchange_rows(
-    rows: Tensor, splits: RowSplits, meanwhile: Callable[[], None] | None = None
+    rows: Tensor,
+    splits: RowSplits,
+    meanwhile: Callable[[], None] | None = None,
+    *,
+    is_kept: bool = False,
 ) -> Tensor:
     """Returns the rows sent to this rank, in the order of their source ranks; differentiable.
 
     Args:
         meanwhile: called while rows travel; its backward too runs while gradients travel back.
+        is_kept: keep what arrives for backward, so that a recomputation ends after this exchange
+            on every rank, and never before it on one: it ends with the last tensor that is kept,
+            and a rank that no row reaches may keep none behind it.
     """
-    finish = start_exchange(rows, splits)
+    finish = start_exchange(rows, splits, is_kept)
     if meanwhile is not None:
         meanwhile()
     return finish()
 
 
-def start_exchange(rows: Tensor, splits: RowSplits) -> Callable[[], Tensor]:
+def start_exchange(rows: Tensor, splits: RowSplits, is_kept: bool = False) -> Callable[[], Tensor]:
     """Sends rows on their way; what it returns waits for those that come, differentiable.
 
     Backward goes the other way round: what was computed meanwhile goes back while gradients do.
     """
-    travel = _Travel(splits)
+    travel = _Travel(splits, is_kept)
     started = _StartExchange.apply(rows, travel)  # type: ignore[no-untyped-call]
 
     def finish() -> Tensor:
@@ -237,7 +248,7 @@ def dispatch(
     experts_SK = experts_TK.index_select(0, tables.token_S)
     local_SK = local_expert_ids(experts_SK, rank_S, num_local_experts)
     experts_RK, weights_RK = exchange_choices(local_SK, take_rows(weights_TK, tables), splits)
-    x_RD = exchange_rows(take_rows(x_TD, tables), splits, meanwhile)
+    x_RD = exchange_rows(take_rows(x_TD, tables), splits, meanwhile, is_kept=True)
     return Dispatched(x_RD, experts_RK, weights_RK, num_held, tables, splits)
 
 

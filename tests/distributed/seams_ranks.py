@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ from torch import nn
 
 from epctl.errors import ConfigError, ResourceError
 from epctl.launch.ds_config import deepspeed_config
+from epctl.runtime import deepspeed_gradients
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
@@ -32,6 +34,23 @@ from epctl.runtime.names import hub_tensors
 from epctl.runtime.weights import RandomWeights
 
 CPU = torch.device("cpu")
+# What ZeRO is told to do instead of its own, on its instance.
+SHORTENED = {
+    "zero12": ("process_gradients", "scaled_global_norm", "unscale_and_clip_grads"),
+    "zero3": (
+        "reduce_ready_partitions_and_remove_grads",
+        "_pre_step",
+        "_get_norm_groups",
+        "_prepare_fp32_grad_for_sub_group",
+        "unscale_and_clip_grads",
+    ),
+}
+# Experts on every rank, in half precision and accumulated; experts shared by two ranks.
+WAYS: dict[str, dict[str, Any]] = {
+    "shared": {"ep": 2},
+    "alone": {"ep": 4, "bfloat16": True, "accumulation": 2},
+}
+ANOTHER_CLASS = [(1, "alone")]  # bf16_optimizer.py, left as it is
 PARTS = ("experts", "attention", r"layers\.1\.")
 
 
@@ -226,15 +245,18 @@ def nan_on_one_rank(zero: int) -> dict[str, Any]:
     return {"skipped": skipped, "finite": finite, "after": after["dense"], "looked": looked}
 
 
-def lean_and_plain_steps(zero: int) -> dict[str, Any]:
-    """Two clipped steps by the seams of the norm and of clipping, and two by ZeRO's own way."""
+def lean_and_plain_steps(zero: int, **case: Any) -> dict[str, Any]:
+    """Two clipped steps with gradients on epctl's short way, and two on ZeRO's own."""
     found: dict[str, Any] = {}
-    usual, seams.NORM_ROW = seams.NORM_ROW, 16  # the Parameters of a small model have rows too
+    # The Parameters of a small model have rows too.
+    usual, deepspeed_gradients.NORM_ROW = deepspeed_gradients.NORM_ROW, 16
+    stage = "zero3" if zero == 3 else "zero12"
     for way in ("lean", "plain"):
-        config, mesh, engine, optimizer, scheduler = make(zero, 2, clipping=0.05)
+        config, mesh, engine, optimizer, scheduler = make(zero, clipping=0.05, **case)
         own = vars(engine.optimizer)
         if way == "plain":
-            del own["get_grad_norm_direct"], own["unscale_and_clip_grads"]
+            for name in SHORTENED[stage]:
+                own.pop(name, None)
         steps = [rank_batches(number, config) for number in range(2)]
         norms = [train_step(engine, scheduler, batches, config, mesh)[1] for batches in steps]
         found[way] = {
@@ -244,10 +266,38 @@ def lean_and_plain_steps(zero: int) -> dict[str, Any]:
             "divisor": optimizer.divisor,
         }
         engine.destroy()
-    seams.NORM_ROW = usual
+    deepspeed_gradients.NORM_ROW = usual
     lean, plain = (found[way].pop("tensors") for way in ("lean", "plain"))
     pairs = [(a, b) for a, b in zip(lean, plain, strict=True) if b.norm() > 0]
     return found | {"difference": max(float((a - b).norm() / b.norm()) for a, b in pairs)}
+
+
+def moments_of_a_norm_sometimes_used(zero: int) -> list[float]:
+    """The length of a Parameter's first moment after each of three steps of two micro-steps.
+
+    The second step uses it in neither of its micro-steps, the third in the last one alone.
+    """
+    config, mesh, engine, optimizer, scheduler = make(zero, 4, accumulation=2)
+    norm, micro_step = engine.module.model.norm, itertools.count()
+
+    def use(module: nn.Module, _: Any) -> None:
+        module.weight.requires_grad_(next(micro_step) in (0, 1, 5))
+
+    norm.register_forward_pre_hook(use)
+    found = []
+    for step in range(3):
+        train_step(engine, scheduler, rank_batches(step, config), config, mesh)
+        square = torch.zeros(())
+        for partition in seams.flat_partitions(engine):
+            for fragment in partition.fragments_by_rank[partition.group_rank]:
+                if fragment.parameter is norm.weight:
+                    moment = optimizer.state[partition.flat]["exp_avg"].view(-1)
+                    part = moment[fragment.offset :][: fragment.num_elements]
+                    square += part.square().sum()
+        dist.all_reduce(square)
+        found.append(float(square.sqrt()))
+    engine.destroy()
+    return found
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -292,11 +342,15 @@ def main(folder: Path) -> None:
         result[f"partitions{zero}"] = partitions_cover_everything(zero)
         if zero:
             result[f"nan{zero}"] = nan_on_one_rank(zero)
-            result[f"lean{zero}"] = lean_and_plain_steps(zero)
+            for name, case in WAYS.items():
+                if (zero, name) not in ANOTHER_CLASS:
+                    result[f"lean{zero} {name}"] = lean_and_plain_steps(zero, **case)
     for trainable in PARTS:
         for zero in (1, 3):
             result[f"{trainable} {zero}"] = steps_of_a_part(zero, trainable)
     result["hooks"] = hooks_by_layer()
+    for zero in (1, 2, 3):
+        result[f"sometimes{zero}"] = moments_of_a_norm_sometimes_used(zero)
     for zero in (2, 3):
         result[f"released{zero}"] = memory_of_an_engine_comes_back(zero)
     result["failed_save"] = failed_save(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from launch import run_ranks
-from seams_ranks import PARTS
+from seams_ranks import ANOTHER_CLASS, PARTS, WAYS
 
 pytestmark = pytest.mark.distributed
 
@@ -113,15 +113,27 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_nothing_on_any(
         assert found["looked"] == (zero == 3)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_norms_by_rows_and_clipping_in_the_optimizer_are_zeros_own(ranks: Ranks, zero: int) -> None:
+@pytest.mark.parametrize(
+    ("zero", "way"), [(z, w) for z in (1, 2, 3) for w in WAYS if (z, w) not in ANOTHER_CLASS]
+)
+def test_gradients_norm_and_clipping_are_zeros_own(ranks: Ranks, zero: int, way: str) -> None:
     for rank in ranks:
-        found = rank[f"lean{zero}"]
+        found = rank[f"lean{zero} {way}"]
         assert found["lean"]["norms"] == pytest.approx(found["plain"]["norms"], rel=1e-6)
         assert found["lean"]["divisor"] == pytest.approx(found["lean"]["norms"][1] / 0.05, rel=1e-4)
         assert found["lean"]["divisor"] > 2
         assert found["plain"]["divisor"] == 1.0
         assert found["difference"] < 1e-6
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_parameter_without_a_gradient_has_a_gradient_of_zero(ranks: Ranks, zero: int) -> None:
+    """ZeRO-3 alone would give it, and add to, the one of the step before."""
+    for rank in ranks:
+        first, second, third = rank[f"sometimes{zero}"]
+        assert first > 0
+        assert second == pytest.approx(0.9 * first, rel=1e-5)
+        assert third == pytest.approx(rank["sometimes2"][2], rel=1e-3)
 
 
 @pytest.mark.parametrize("trainable", PARTS)

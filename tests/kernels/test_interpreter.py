@@ -20,6 +20,7 @@ FILES = {
     "test_token_rows.py": 5,
     "test_triton_functions.py": 20,
     "test_cross_entropy.py": 12,
+    "test_latent_heads.py": 20,
 }
 
 

@@ -77,7 +77,9 @@ def test_moe_takes_memory_for_the_rows_held_here(
     assert_matches(block, problem)
     x, *rest, _ = problem
     y = block(x.requires_grad_(), *rest)
-    sizes = {t.shape for t in y.grad_fn.saved_tensors}  # type: ignore[union-attr]
+    outward, inward = y.grad_fn, y.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    assert not outward.saved_tensors  # type: ignore[union-attr]  # a recomputation ends before it
+    sizes = {t.shape for t in inward.saved_tensors}  # type: ignore[union-attr]
     num_held = int((problem.experts_TK >= 0).sum())
     assert torch.Size([num_held]) in sizes
     assert recompute or torch.Size([num_held, 128]) in sizes
