@@ -10,7 +10,6 @@ function here takes such passes away and leaves the result.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +17,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import (
+    DeepSpeedZeroOptimizer,
+    GradPartitionBufferGroup,
+)
 from torch import Tensor, nn
+
+from epctl.kernels.gradient_share import add_share_
 
 NORM_ROW = 4096  # elements whose squares are added up in float32
 
@@ -102,9 +106,11 @@ def _alone_zero3(zero: Any, parameter: nn.Parameter) -> bool:
 def _accumulate_whole_zero2(zero: Any) -> None:
     """Has ZeRO-2 add the gradient of a Parameter that one rank holds to where it belongs, at once.
 
-    See `_accumulate_whole_zero3`; `process_gradients` of zero/stage_1_and_2.py.
+    See `_accumulate_whole_zero3`; `process_gradients` of zero/stage_1_and_2.py. What a first
+    gradient is written to is not filled with zeros before it.
     """
-    usual = zero.process_gradients
+    usual, end_backward = zero.process_gradients, zero.independent_gradient_partition_epilogue
+    unwritten: dict[int, dict[int, Tensor]] = {}
 
     def process(parameter: nn.Parameter, group: int) -> None:
         if not _alone_zero2(zero, parameter, group):
@@ -113,13 +119,45 @@ def _accumulate_whole_zero2(zero: Any) -> None:
         number = zero.get_param_id(parameter)
         assert not zero.params_already_reduced[number]
         zero.params_already_reduced[number] = True
+        if zero.averaged_gradients.get(group) is None:
+            zero.averaged_gradients[group], unwritten[group] = _whole_group(zero, group)
         target = zero._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
+        first = unwritten.get(group, {}).pop(number, None) is not None
         share = float(zero.sequence_parallel_size) / dist.get_world_size(zero.dp_process_group)
         stream = zero.reduction_stream if zero.overlap_comm else get_accelerator().current_stream()
-        _accumulate(target.view(parameter.shape), parameter, share, False, stream)
+        _accumulate(target.view(parameter.shape), parameter, share, first, stream)
+
+    def epilogue() -> None:
+        end_backward()
+        for views in unwritten.values():
+            for view in views.values():
+                view.zero_()
+        unwritten.clear()
 
     if zero.partition_gradients and not zero.cpu_offload and zero.gradient_average:
         zero.process_gradients = process
+        zero.independent_gradient_partition_epilogue = epilogue
+
+
+def _whole_group(zero: Any, group: int) -> tuple[Any, dict[int, Tensor]]:
+    """Returns room for a group's gradients, as ZeRO builds it, and what of it holds nothing yet.
+
+    All of the group is in the one partition there is (`_build_compact_grad_partition_buffer`).
+    """
+    flat = torch.empty(
+        int(zero.partition_size[group]), dtype=zero.gradient_accumulation_dtype, device=zero.device
+    )
+    views, unwritten, end = [], {}, 0
+    for parameter in zero.params_in_partition[group]:
+        number = zero.get_param_id(parameter)
+        assert end == int(zero.grad_partition_insertion_offset[group][0][number])
+        views.append(flat.narrow(0, end, parameter.numel()).view(parameter.shape))
+        unwritten[number] = views[-1]
+        end += parameter.numel()
+    if end < len(flat):
+        views.append(flat[end:].zero_())
+        setattr(views[-1], "_zero_padding", True)  # noqa: B010
+    return GradPartitionBufferGroup(views, flat), unwritten
 
 
 def _alone_zero2(zero: Any, parameter: nn.Parameter, group: int) -> bool:
@@ -146,20 +184,10 @@ def _accumulate(
     if not accelerator.resolves_data_dependency():
         stream.wait_stream(accelerator.current_stream())
     with torch.no_grad(), accelerator.stream(stream):
-        _add_share(target, gradient, share, first)
+        add_share_(target, gradient, share, first=first)
         if not accelerator.is_synchronized_device():
             gradient.record_stream(accelerator.current_stream())
     parameter.grad = None
-
-
-def _add_share(target: Tensor, gradient: Tensor, share: float, first: bool) -> None:
-    """Adds in the dtype of `target`; nothing is rounded to that of the gradient on the way."""
-    if not first:
-        target.add_(gradient, alpha=share)
-    elif math.frexp(share)[0] == 0.5:  # a power of two: exact in any dtype
-        torch.mul(gradient, share, out=target)
-    else:
-        target.copy_(gradient).mul_(share)
 
 
 # --- norm and clipping ------------------------------------------------------------------------

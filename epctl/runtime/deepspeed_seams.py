@@ -148,13 +148,16 @@ def is_expert_parameter(parameter: nn.Parameter) -> bool:
 
 
 def split_expert_groups(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Splits client parameter groups into dense and expert ones, dropping empty ones.
+    """Splits client parameter groups into expert and dense ones, dropping empty ones.
 
     The engine does not do it for a client optimizer; expert groups carry `moe: True` and the name
-    of their process group, extra keys survive (moe/utils.py).
+    of their process group, extra keys survive (moe/utils.py). ZeRO steps groups in this order:
+    experts first, whose step is long on the GPU and short on the host, so that the host is ahead
+    when it comes to the many small pieces of dense matrices.
     """
     split = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
-    return [group for group in split if group["params"]]
+    groups = [group for group in split if group["params"]]
+    return sorted(groups, key=lambda group: not group.get("moe", False))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Token exchange over the expert-parallel axis: each token goes once to each rank it needs.
 
 Shape suffixes: T tokens here, K top_k, D hidden size, P ranks of the ep group,
-S rows this rank sends, R rows it receives (one a token and destination rank).
+S rows this rank sends, R rows it receives (one a token and destination rank), C columns of a
+message.
 
 A row carries its token, the local ids of the experts it is for (-1 where a choice lives on another
 rank, or was dropped) and their router weights. The expert side forms the weighted sum of a row, so
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epctl.errors import ResourceError
-from epctl.kernels import TokenRows, add_rows, number_rows, take_rows
+from epctl.kernels import TokenRows, add_rows, take_rows
+from epctl.kernels.row_messages import count_choices, write_messages
 
 
 @dataclass(frozen=True)
@@ -151,62 +153,47 @@ class _ExchangeChoices(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, experts_SK: Tensor, weights_SK: Tensor, splits: RowSplits
+        ctx: Any, weights_TK: Tensor, message_SC: Tensor, tables: TokenRows, splits: RowSplits
     ) -> tuple[Tensor, Tensor]:
-        assert weights_SK.dtype == torch.float32, weights_SK.dtype
-        ctx.splits = splits
-        message = torch.cat((experts_SK.int(), weights_SK.view(torch.int32)), dim=1)
-        experts_RK, bits_RK = _all_to_all(message, splits).chunk(2, dim=1)
+        ctx.tables, ctx.splits = tables, splits
+        experts_RK, bits_RK = _all_to_all(message_SC, splits).chunk(2, dim=1)
+        experts_RK = experts_RK.contiguous()
         ctx.mark_non_differentiable(experts_RK)
-        return experts_RK.contiguous(), bits_RK.contiguous().view(torch.float32)
+        return experts_RK, bits_RK.contiguous().view(torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        return None, _all_to_all(gradients[1], ctx.splits.reversed()), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        dweights_SK = _all_to_all(gradients[1], ctx.splits.reversed())
+        return add_rows(dweights_SK, ctx.tables), None, None, None
 
 
 def exchange_choices(
-    experts_SK: Tensor, weights_SK: Tensor, splits: RowSplits
+    weights_TK: Tensor, message_SC: Tensor, tables: TokenRows, splits: RowSplits
 ) -> tuple[Tensor, Tensor]:
-    """Returns int32 ids and float32 weights of the rows sent here; differentiable in weights."""
+    """Returns int32 ids and float32 weights of the rows sent here; differentiable in weights.
+
+    Args:
+        weights_TK: whose bits are in the messages.
+        message_SC: as `write_messages` makes them.
+    """
     return cast(
         tuple[Tensor, Tensor],
-        _ExchangeChoices.apply(experts_SK, weights_SK, splits),  # type: ignore[no-untyped-call]
+        _ExchangeChoices.apply(weights_TK, message_SC, tables, splits),  # type: ignore[no-untyped-call]
     )
 
 
-def exchange_counts(choices_TP: Tensor, group: dist.ProcessGroup) -> tuple[RowSplits, int]:
+def exchange_counts(sent_P2: Tensor, group: dist.ProcessGroup) -> tuple[RowSplits, int]:
     """Tells every rank how many rows come from whom: one exchange, one host synchronisation.
 
     Args:
-        choices_TP: of each token, the experts it has on each rank.
+        sent_P2: how many rows and how many choices go to each rank.
 
     Returns the rows, and how many choices are coming to this rank's experts.
     """
-    sent_P2 = torch.stack(((choices_TP > 0).sum(dim=0), choices_TP.sum(dim=0)), dim=1)
     received_P2 = torch.empty_like(sent_P2)
     dist.all_to_all_single(received_P2, sent_P2, group=group)
     (sent, _), (received, held) = torch.stack((sent_P2, received_P2)).transpose(1, 2).tolist()
     return RowSplits(sent, received, group), sum(held)
-
-
-def local_expert_ids(experts_SK: Tensor, rank_S: Tensor, num_local_experts: int) -> Tensor:
-    """Returns ids relative to each row's destination rank, -1 for experts of other ranks.
-
-    `experts_SK` holds *global* ids; the block of rank p starts at `p * num_local_experts`.
-    """
-    local_SK = experts_SK - rank_S.unsqueeze(1) * num_local_experts
-    elsewhere = (local_SK < 0) | (local_SK >= num_local_experts)
-    return local_SK.masked_fill(elsewhere, -1)
-
-
-def choices_by_rank(experts_TK: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
-    """Returns how many experts of each token are on each rank, [T, P] int32; -1 is nobody's."""
-    counts_TP = torch.zeros(
-        experts_TK.shape[0], num_ranks, dtype=torch.int32, device=experts_TK.device
-    )
-    chosen_TK = (experts_TK >= 0).int()
-    return counts_TP.scatter_add_(1, experts_TK.clamp_min(0) // num_local_experts, chosen_TK)
 
 
 def _require_room(splits: RowSplits, max_rows: int | None, num_tokens: int) -> None:
@@ -240,14 +227,14 @@ def dispatch(
 
     Raises ResourceError if more rows than `max_rows` are on their way, before they arrive.
     """
-    choices_TP = choices_by_rank(experts_TK, num_local_experts, dist.get_world_size(group))
-    splits, num_held = exchange_counts(choices_TP, group)
+    choices = count_choices(experts_TK, num_local_experts, dist.get_world_size(group))
+    splits, num_held = exchange_counts(choices.sent_P2, group)
     _require_room(splits, max_rows, x_TD.shape[0])
     # How many rows there are came with the counts: finding them needs no second look.
-    tables, rank_S = number_rows(choices_TP > 0, sum(splits.sent))
-    experts_SK = experts_TK.index_select(0, tables.token_S)
-    local_SK = local_expert_ids(experts_SK, rank_S, num_local_experts)
-    experts_RK, weights_RK = exchange_choices(local_SK, take_rows(weights_TK, tables), splits)
+    tables, message_SC = write_messages(
+        experts_TK, weights_TK, choices, num_local_experts, sum(splits.sent)
+    )
+    experts_RK, weights_RK = exchange_choices(weights_TK, message_SC, tables, splits)
     x_RD = exchange_rows(take_rows(x_TD, tables), splits, meanwhile, is_kept=True)
     return Dispatched(x_RD, experts_RK, weights_RK, num_held, tables, splits)
 

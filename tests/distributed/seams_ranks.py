@@ -36,7 +36,12 @@ from epctl.runtime.weights import RandomWeights
 CPU = torch.device("cpu")
 # What ZeRO is told to do instead of its own, on its instance.
 SHORTENED = {
-    "zero12": ("process_gradients", "scaled_global_norm", "unscale_and_clip_grads"),
+    "zero12": (
+        "process_gradients",
+        "independent_gradient_partition_epilogue",
+        "scaled_global_norm",
+        "unscale_and_clip_grads",
+    ),
     "zero3": (
         "reduce_ready_partitions_and_remove_grads",
         "_pre_step",

@@ -21,6 +21,8 @@ FILES = {
     "test_triton_functions.py": 20,
     "test_cross_entropy.py": 12,
     "test_latent_heads.py": 20,
+    "test_row_messages.py": 12,
+    "test_gradient_share.py": 12,
 }
 
 

@@ -11,8 +11,9 @@ from host_reads import READING_METHODS, HostReads
 from torch import Tensor
 
 from epctl.errors import ResourceError
+from epctl.kernels.row_messages import choices_by_rank
 from epctl.runtime import dispatch
-from epctl.runtime.dispatch import RowSplits, choices_by_rank
+from epctl.runtime.dispatch import RowSplits
 
 # Moonlight: rows of 2048 bfloat16, top-6 of 64; a row's metadata is 6 int32 ids, 6 float32 weights.
 HIDDEN_BYTES, TOP_K, NUM_EXPERTS = 2048 * 2, 6, 64

@@ -9,9 +9,9 @@ import torch
 from parity_ranks import tiny_config
 from torch import nn
 
+from epctl.kernels.row_messages import local_expert_ids
 from epctl.runtime import moe
 from epctl.runtime.build import materialize, meta_model
-from epctl.runtime.dispatch import local_expert_ids
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.moe_blocks import swap_moe_blocks
 from epctl.runtime.names import hub_tensors
