@@ -88,9 +88,10 @@ def _experts(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     forward *= shape.hidden_size * shape.expert_intermediate * shape.num_moe_layers
     rows = plan.num_tokens * shape.top_k * plan.ep / shape.num_experts
     imbalance = plan.imbalance if plan.ep > 1 else 1.0
-    # All products but the last are made again, which is two of three.
-    again = (products - 1) / products if plan.recomputes_experts else 0.0
-    passes = 3 + _again(shape, plan, "moe") + again
+    # All products but the last are made again, which is two of three; a recomputation of the layer
+    # too ends when all that is kept is there.
+    times = _again(shape, plan, "moe") + float(plan.recomputes_experts)
+    passes = 3 + times * (products - 1) / products
     return passes * forward * imbalance / rates.expert_flops(rows)
 
 
@@ -98,12 +99,10 @@ def _dense(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     rate = rates.matmul * rates.dense_share
     layers = 2 * plan.num_tokens * (shape.num_matrix_parameters - _vision_parameters(shape))
     head = 2 * plan.num_tokens * shape.num_head_elements
-    # Logits in blocks are made again in backward.
-    in_blocks = plan.num_tokens * shape.vocab_size * 4 > plan.logits_bytes
     vision = 2 * plan.patches * plan.micro_batch / plan.sp * _vision_parameters(shape)
     layers *= 3 + _again(shape, plan, "full")
     vision *= 4 if plan.checkpointing == "full" else 3
-    return (layers + vision + (4 if in_blocks else 3) * head) / rate
+    return (layers + vision + 3 * head) / rate
 
 
 def _vision_parameters(shape: ModelShape) -> int:
@@ -133,7 +132,9 @@ def _memory_bound(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     """Norms, residuals and the loss: what layers keep is written and read once each."""
     kinds = ((True, shape.num_moe_layers), (False, shape.num_layers - shape.num_moe_layers))
     kept = sum(layer_bytes(shape, plan, is_moe=moe).kept * n for moe, n in kinds if n)
-    logits = 20 * plan.num_tokens * shape.vocab_size
+    # In blocks: written, read twice, their gradient written and read twice, 2 B each.
+    in_blocks = plan.num_tokens * shape.vocab_size * 4 > plan.logits_bytes
+    logits = (12 if in_blocks else 20) * plan.num_tokens * shape.vocab_size
     return (2 * kept * (1 + _again(shape, plan, "full") / 3) + logits) / rates.memory
 
 
@@ -143,7 +144,7 @@ def _dispatch(shape: ModelShape, plan: RankPlan, rates: Rates, ranks_per_node: i
         return 0.0
     rows = plan.num_tokens * distinct_ranks(plan.ep, shape.num_experts, shape.top_k)
     remote = rows * (plan.ep - 1) / plan.ep * plan.imbalance
-    times = 4 + 2 * _again(shape, plan, "moe")
+    times = 4 + _again(shape, plan, "moe")  # a recomputation ends before combine
     moved = times * remote * shape.hidden_size * plan.width * shape.num_moe_layers
     return moved / link(plan.ep, ranks_per_node, rates)
 

@@ -19,14 +19,7 @@ MUON_CHUNK_ELEMENTS = 47_000_000
 def step_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
     """Yields the temporaries of Muon and the engine; AdamW's fused kernel has none."""
     local = local_counts(shape, plan)
-    if plan.zero == 3 and not plan.offload:
-        largest = largest_step(local, plan)
-        yield Term(
-            "gradient of a sub-group", "optimizer work", 4 * largest,
-            "4 B x the largest sub-group, copied out of the flat buffer", Phase.STEP,
-            values={"elements": largest},
-        )  # fmt: skip
-    if plan.zero in (1, 2) and plan.gradient_bytes < 4 and not plan.offload:
+    if plan.zero > 0 and plan.gradient_bytes < 4 and not plan.offload:
         largest = largest_step(local, plan)
         yield Term(
             "gradient in float32", "optimizer work", 6 * largest,

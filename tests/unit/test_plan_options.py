@@ -227,7 +227,9 @@ def test_recomputing_costs_a_forward_and_a_link_costs_its_bytes() -> None:
     shape = request.shape
     none = step_cost(shape, run, Rates(), 8)
     full = step_cost(shape, dataclasses.replace(run, checkpointing="full"), Rates(), 8)
-    assert full.experts == pytest.approx((4 - 1 / 27) / 3 * none.experts)  # all but the last layer
+    # All but the last layer, and of each all products but the last.
+    assert full.experts == pytest.approx((3 + 2 / 3 * 26 / 27) / 3 * none.experts)
+    assert full.dispatch == pytest.approx((4 + 26 / 27) / 4 * none.dispatch)
     across = step_cost(shape, run, Rates(), 4)
     assert across.dispatch == pytest.approx(none.dispatch * Rates().nvlink / Rates().network)
 
