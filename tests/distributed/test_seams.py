@@ -126,14 +126,18 @@ def test_gradients_norm_and_clipping_are_zeros_own(ranks: Ranks, zero: int, way:
         assert found["difference"] < 1e-6
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_a_parameter_without_a_gradient_has_a_gradient_of_zero(ranks: Ranks, zero: int) -> None:
+@pytest.mark.parametrize("part", ["norm", "experts"])
+def test_a_parameter_without_a_gradient_has_a_gradient_of_zero(ranks: Ranks, part: str) -> None:
     """ZeRO-3 alone would give it, and add to, the one of the step before."""
+    kept = {"norm": 0.9, "experts": 0.95}[part]
     for rank in ranks:
-        first, second, third = rank[f"sometimes{zero}"]
-        assert first > 0
-        assert second == pytest.approx(0.9 * first, rel=1e-5)
-        assert third == pytest.approx(rank["sometimes2"][2], rel=1e-3)
+        found, other = rank["sometimes3"][part], rank["sometimes2"][part]
+        assert found[0] > 0
+        assert found == pytest.approx(other, rel=2e-2)  # of bfloat16 steps, which part a little
+        assert abs(found[1] / found[0] - kept) > 0.01  # the second step had a gradient
+        for first, second, third in (found, other):
+            assert first > 0
+            assert third == pytest.approx(kept * second, rel=1e-4)
 
 
 @pytest.mark.parametrize("trainable", PARTS)
