@@ -6,6 +6,7 @@ norms of every case, rank 0 and the ranks of its ep group write the weights afte
 
 from __future__ import annotations
 
+import collections
 import datetime
 import gc
 import json
@@ -23,7 +24,7 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime import moe
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
-from epctl.runtime.dispatch import Dispatched, dispatch
+from epctl.runtime.dispatch import Dispatched, combine, dispatch
 from epctl.runtime.engine import create_engine, train_step
 from epctl.runtime.leave import leave
 from epctl.runtime.recompute import set_up_recomputation
@@ -31,6 +32,7 @@ from epctl.runtime.weights import RandomWeights
 
 NUM_STEPS = 4
 GLOBAL_BATCH = 8
+CALLS: collections.Counter[str] = collections.Counter()  # of a case, recomputations included
 BALANCE = {"moe.sequence_loss": 0.05, "moe.z_loss": 0.01, "moe.bias_update_rate": 0.01}
 
 
@@ -116,6 +118,7 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         swap=swap,
     )
     set_up_recomputation(model, config)
+    CALLS.clear()
     engine, _, scheduler = create_engine(model, config, ds_config)
     losses, norms = [], []
     for step in range(NUM_STEPS):
@@ -124,19 +127,25 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         norms.append(norm)
     save_model(engine.module, mesh, folder / case["name"], lambda staging: None)
     engine.destroy()
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "calls": dict(CALLS)}
 
 
 def check_held_counts() -> None:
     """The kernels take memory for as many choices as the exchange of counts announced."""
 
     def checked(*arguments: Any, **options: Any) -> Dispatched:
+        CALLS["dispatch"] += 1
         sent = dispatch(*arguments, **options)
         held = int((sent.experts_RK >= 0).sum())
         assert sent.num_held == held, (sent.num_held, held)
         return sent
 
+    def counted(*arguments: Any) -> torch.Tensor:
+        CALLS["combine"] += 1
+        return combine(*arguments)
+
     moe.dispatch = checked  # type: ignore[attr-defined]
+    moe.combine = counted  # type: ignore[attr-defined]
 
 
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:

@@ -135,6 +135,20 @@ def test_every_layout_trains_alike(
         assert distance <= WEIGHT_TOLERANCE, name
 
 
+def test_a_recomputation_ends_before_rows_travel_back(
+    results: dict[int, tuple[list[Any], Path]],
+) -> None:
+    """Two MoE layers in every case: `moe` makes both again, `full` all but the last layer."""
+    recomputed = [(n, c) for n, c in ALL if c.get("recompute") in ("moe", "full") and c["ep"] > 1]
+    assert {case["recompute"] for _, case in recomputed} == {"moe", "full"}
+    for num_ranks, case in recomputed:
+        for rank in results[num_ranks][0]:
+            calls = rank[case["name"]]["calls"]
+            again = {"moe": 2, "full": 1}[case["recompute"]]
+            assert calls["combine"] == 2 * 4 * case.get("accumulation", 1)
+            assert calls["dispatch"] * 2 == calls["combine"] * (2 + again)
+
+
 def test_training_moves_every_weight(results: dict[int, tuple[list[Any], Path]]) -> None:
     """The comparison above would be empty if nothing were trained: two optimizers must differ."""
     _, folder = results[1]
