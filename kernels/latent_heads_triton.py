@@ -124,7 +124,7 @@ def _queries_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     sequence, token = row // num_tokens, row % num_tokens
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     x_ptr += sequence * stride_b + token * stride_s + head[:, None] * stride_h
     out_ptr += (row * num_heads + head[:, None]) * (PLAIN + 2 * HALF)
     is_head = head[:, None] < num_heads
@@ -157,7 +157,7 @@ def _keys_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     sequence, token = row // num_tokens, row % num_tokens
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     kv_ptr += (row * num_heads + head[:, None]) * width
     key_ptr += (row * num_heads + head[:, None]) * (PLAIN + 2 * HALF)
     is_head = head[:, None] < num_heads
@@ -197,7 +197,7 @@ def _keys_back_kernel(
     a = tl.zeros((BLOCK_R,), tl.float32)
     b = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, num_heads, BLOCK_H):
-        head = start + tl.arange(0, BLOCK_H)[:, None]
+        head = (start + tl.arange(0, BLOCK_H)[:, None]).to(tl.int64)
         of_head = dkv_ptr + (row * num_heads + head) * (PLAIN + VALUE)
         column = tl.arange(0, BLOCK_P)[None, :]
         plain = (head < num_heads) & (column < PLAIN)
