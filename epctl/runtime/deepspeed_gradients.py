@@ -116,6 +116,7 @@ def _accumulate_whole_zero2(zero: Any) -> None:
         if not _alone_zero2(zero, parameter, group):
             usual(parameter, group)
             return
+        zero.setup_buckets()  # the end of backward empties buckets, also of nothing
         number = zero.get_param_id(parameter)
         assert not zero.params_already_reduced[number]
         zero.params_already_reduced[number] = True

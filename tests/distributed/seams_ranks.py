@@ -50,12 +50,13 @@ SHORTENED = {
         "unscale_and_clip_grads",
     ),
 }
-# Experts on every rank, in half precision and accumulated; experts shared by two ranks.
+# Experts shared by two ranks; each on one, in half precision and accumulated; those and no more.
 WAYS: dict[str, dict[str, Any]] = {
     "shared": {"ep": 2},
     "alone": {"ep": 4, "bfloat16": True, "accumulation": 2},
+    "nothing else": {"ep": 4, "bfloat16": True, "trainable": "experts"},
 }
-ANOTHER_CLASS = [(1, "alone")]  # bf16_optimizer.py, left as it is
+ANOTHER_CLASS = [(1, "alone"), (1, "nothing else")]  # bf16_optimizer.py, left as it is
 PARTS = ("experts", "attention", r"layers\.1\.")
 
 
