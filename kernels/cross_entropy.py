@@ -44,7 +44,8 @@ def chunked_cross_entropy(
         divisor: of the sum, one element; divided by here, gradients are rounded at their own size.
 
     Gradients flow to `x_TD` and `weight_VD`; they are made here, and multiplied by that of the
-    result in backward, which may run once.
+    result in backward, which may run once. So in float16 a loss scale comes too late for them:
+    give `divisor` what it was to make up for.
     """
     trains = torch.is_grad_enabled()  # never so in a Function's forward
     inputs = x_TD, weight_VD, labels_T, num_rows, scale, divisor, trains
@@ -119,11 +120,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def statistics(logits_RV: Tensor, labels_R: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns each token's log-sum-exp and the logit of its label (0 without one), in float32."""
+    """Returns each token's log-sum-exp and the logit of its label, in float32.
+
+    Of a token without a label it means nothing. A label that is no word raises here; by Triton,
+    which cannot, its logit is NaN.
+    """
     wide_RV = logits_RV.float() if scale == 1.0 else logits_RV.float() * scale
-    label_R1 = labels_R.clamp_min(0).unsqueeze(1)
-    target_R = wide_RV.gather(1, label_R1).squeeze(1)
-    return wide_RV.logsumexp(dim=1), target_R.where(labels_R != IGNORED, 0.0)
+    label_R1 = labels_R.masked_fill(labels_R == IGNORED, 0).unsqueeze(1)
+    return wide_RV.logsumexp(dim=1), wide_RV.gather(1, label_R1).squeeze(1)
 
 
 def to_gradient_(
@@ -137,7 +141,8 @@ def to_gradient_(
     wide_RV = logits_RV.float() if scale == 1.0 else logits_RV.float() * scale
     wide_RV = wide_RV.sub_(lse_R.unsqueeze(1)).exp_()
     one_R1 = (labels_R != IGNORED).to(wide_RV.dtype).unsqueeze(1)
-    wide_RV.scatter_add_(1, labels_R.clamp_min(0).unsqueeze(1), -one_R1)
+    label_R1 = labels_R.masked_fill(labels_R == IGNORED, 0).unsqueeze(1)
+    wide_RV.scatter_add_(1, label_R1, -one_R1)
     return wide_RV.mul_(factor_R.unsqueeze(1)).to(logits_RV.dtype)
 
 

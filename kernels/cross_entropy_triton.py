@@ -71,7 +71,8 @@ def _statistics_kernel(
         highest = higher
     tl.store(lse_ptr + token, highest + tl.log(total))
     label = tl.load(labels_ptr + token)
-    target = tl.load(logits_ptr + label, mask=label >= 0, other=0.0).to(tl.float32) * scale
+    known = (label >= 0) & (label < vocabulary)
+    target = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32) * scale
     tl.store(target_ptr + token, target)
 
 

@@ -98,12 +98,12 @@ def _inward(
     activation: Activation,
     keep_h: bool,
     num_rows: int,
-) -> tuple[Tensor | None, Tensor, RoutingTables]:
-    """Returns the activations of all rows (None without any), what is kept of H, and the order."""
+) -> tuple[list[Tensor], Tensor, RoutingTables]:
+    """Returns the activations of all rows (none without any), what is kept of H, and the order."""
     tiles = _tiles(num_rows, w3_EID)
     tables = routing_tables(experts_TK, w3_EID.shape[0], tiles.block_rows, num_rows)
     if not num_rows:
-        return None, x_TD.new_empty(0, _h_width(w1_EID, w3_EID)), tables
+        return [], x_TD.new_empty(0, _h_width(w1_EID, w3_EID)), tables
     h, a_NI = gemm.gate_up(
         x_TD,
         w1_EID,
@@ -115,12 +115,18 @@ def _inward(
         activation=activation,
         write_h=keep_h,
     )
-    return a_NI, h, tables
+    return [a_NI], h, tables
 
 
 def _outward(
-    a_NI: Tensor, weights_TK: Tensor, w2_EDI: Tensor, biases: list[Tensor], tables: RoutingTables
+    activations: list[Tensor],
+    weights_TK: Tensor,
+    w2_EDI: Tensor,
+    biases: list[Tensor],
+    tables: RoutingTables,
 ) -> Tensor:
+    """Takes the one tensor of `activations` out of the list: it is gone before the results are."""
+    a_NI = activations.pop()
     tile = _tiles(len(a_NI), w2_EDI).down
     y_ND = gemm.down(a_NI, w2_EDI, tables, tile, biases=_of_experts(biases))
     del a_NI
@@ -144,10 +150,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     activation = _activation(function, form, limit, alpha)
     of_rows = x_TD, experts_TK, w1_EID, w3_EID, biases, activation, keep_h, num_rows
-    a_NI, h, tables = _inward(*of_rows)
-    if a_NI is None:
+    activations, h, tables = _inward(*of_rows)
+    if not activations:
         return x_TD.new_zeros(x_TD.shape), h, *tables
-    return _outward(a_NI, weights_TK, w2_EDI, biases, tables), h, *tables
+    return _outward(activations, weights_TK, w2_EDI, biases, tables), h, *tables
 
 
 _moe_forward = torch.library.custom_op("epctl::moe_forward", mutates_args=())(_forward)
@@ -341,11 +347,13 @@ class _Inward(torch.autograd.Function):
         function, form, limit, alpha, keep_h, num_rows = rest[:RULE_LENGTH]
         activation = _activation(function, form, limit, alpha)
         of_rows = x_TD, experts_TK, w1_EID, w3_EID, biases, activation, keep_h, num_rows
-        a_NI, h, tables = _inward(*of_rows)
-        if a_NI is None:
+        activations, h, tables = _inward(*of_rows)
+        if not activations:
             passage.outward = functools.partial(x_TD.new_zeros, x_TD.shape)
         else:
-            passage.outward = functools.partial(_outward, a_NI, weights_TK, w2_EDI, biases, tables)
+            passage.outward = functools.partial(
+                _outward, activations, weights_TK, w2_EDI, biases, tables
+            )
         _keep(ctx, (*tensors, biases, *rest[:RULE_LENGTH]), (x_TD, h, *tables))
         ctx.passage = passage
         link: Tensor = x_TD.new_empty(0)

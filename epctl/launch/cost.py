@@ -89,7 +89,7 @@ def _experts(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     rows = plan.num_tokens * shape.top_k * plan.ep / shape.num_experts
     imbalance = plan.imbalance if plan.ep > 1 else 1.0
     # All products but the last are made again, which is two of three; a recomputation of the layer
-    # too ends when all that is kept is there.
+    # too ends when all that is kept is there (more, behind a gate on shared experts or a norm).
     times = _again(shape, plan, "moe") + float(plan.recomputes_experts)
     passes = 3 + times * (products - 1) / products
     return passes * forward * imbalance / rates.expert_flops(rows)

@@ -57,9 +57,11 @@ def _accumulate_whole_zero3(zero: Any) -> None:
     Its own way leads through a bucket, a division by one, an exchange with nobody, another
     multiplication and a float32 copy (`reduce_ready_partitions_and_remove_grads` of
     zero/stage3.py). Parameters without a gradient in a step get zeros: upstream leaves what the
-    step before left there, which `_step_in_place_zero3` may have written over.
+    step before left there, which `_step_in_place_zero3` may have written over (with offload, where
+    the step reads a copy in host memory, that is still so).
     """
     usual, begin_step = zero.reduce_ready_partitions_and_remove_grads, zero._pre_step
+    forget = zero.zero_grad
     reduced: set[int] = set()
 
     def partition_of(parameter: nn.Parameter) -> Tensor:
@@ -90,8 +92,12 @@ def _accumulate_whole_zero3(zero: Any) -> None:
                 partition_of(parameter).zero_()
         reduced.clear()
 
+    def zero_grad(set_to_none: bool = True) -> None:
+        forget(set_to_none)
+        reduced.clear()
+
     zero.reduce_ready_partitions_and_remove_grads = reduce
-    zero._pre_step = pre_step
+    zero._pre_step, zero.zero_grad = pre_step, zero_grad
 
 
 def _alone_zero3(zero: Any, parameter: nn.Parameter) -> bool:

@@ -29,7 +29,7 @@ NEEDED = (
 SMALL = {
     "hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 10,
     "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
-    "num_hidden_layers": 1, "attention_dropout": 0.0,
+    "num_hidden_layers": 1, "attention_dropout": 0.0, "index_topk": 2, "sliding_window": 2,
 }  # fmt: skip
 TOLERANCE = 1e-5
 
@@ -98,8 +98,7 @@ def _attention(module: Any) -> Any:
     """Returns the attention that the model's config names, as its own forward finds it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    own = next(c for c in type(module).__mro__ if "expand_kv" in vars(c))
-    eager = getattr(sys.modules[own.__module__], "eager_attention_forward", None)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
 
 
@@ -120,7 +119,9 @@ def fuse_latent_attention(model: nn.Module) -> int:
 
 @functools.cache
 def _fused_class(attention_class: Any) -> Any:
-    return type(f"Fused{attention_class.__name__}", (FusedLatentAttention, attention_class), {})
+    """The name and the module stay the class's own: its eager attention is looked up there."""
+    own = {"__module__": attention_class.__module__}
+    return type(f"Fused{attention_class.__name__}", (FusedLatentAttention, attention_class), own)
 
 
 def _is_latent(attention_class: Any, module: Any) -> bool:
@@ -135,28 +136,29 @@ def _is_latent(attention_class: Any, module: Any) -> bool:
         config._attn_implementation = "sdpa"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _agrees(attention_class(config, layer_idx=0))
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                small = attention_class(config, layer_idx=getattr(module, "layer_idx", 0)).float()
+                return _agrees(small)
     except Exception:  # whatever it wants, it is not what `attend` gives it
         return False
 
 
 def _agrees(small: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        small = small.float()
-        for parameter in small.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-        angles = torch.randn(1, 5, small.qk_rope_head_dim // 2, generator=generator)
-        cos, sin = (torch.cat((f(angles), f(angles)), dim=-1) for f in (torch.cos, torch.sin))
-        results = []
-        for forward in (type(small).forward, attend):
-            x_BSD = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
-            x_BSD.requires_grad_()
-            y_BSD = forward(small, x_BSD, (cos, sin), None)[0]
-            (dx_BSD,) = torch.autograd.grad(y_BSD.square().sum(), x_BSD)
-            results.append((y_BSD.detach(), dx_BSD))
-        return all(
-            torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max()))
-            for a, b in zip(*results, strict=True)
-        )
+    for parameter in small.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    angles = torch.randn(1, 5, small.qk_rope_head_dim // 2, generator=generator)
+    cos, sin = (torch.cat((f(angles), f(angles)), dim=-1) for f in (torch.cos, torch.sin))
+    # A mask of its own, or classes that choose keys would refuse it and never be told apart.
+    causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    results = []
+    for forward in (type(small).forward, attend):
+        x_BSD = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+        x_BSD.requires_grad_()
+        y_BSD = forward(small, x_BSD, (cos, sin), causal)[0]
+        (dx_BSD,) = torch.autograd.grad(y_BSD.square().sum(), x_BSD)
+        results.append((y_BSD.detach(), dx_BSD))
+    return all(
+        torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max()))
+        for a, b in zip(*results, strict=True)
+    )

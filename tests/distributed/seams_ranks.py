@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from parity_ranks import case_config, rank_batches, tiny_config
 from torch import nn
+from torch.nn import functional
 
 from epctl.errors import ConfigError, ResourceError
 from epctl.launch.ds_config import deepspeed_config
@@ -45,6 +46,7 @@ SHORTENED = {
     "zero3": (
         "reduce_ready_partitions_and_remove_grads",
         "_pre_step",
+        "zero_grad",
         "_get_norm_groups",
         "_prepare_fp32_grad_for_sub_group",
         "unscale_and_clip_grads",
@@ -286,12 +288,18 @@ def moments_of_what_is_sometimes_used(zero: int) -> dict[str, list[float]]:
     """
     config, mesh, engine, optimizer, scheduler = make(zero, 4, bfloat16=True, accumulation=2)
     model, micro_step = engine.module.model, itertools.count()
-    watched = {"norm": model.norm.weight, "experts": model.layers[1].mlp.experts.w3}
+    norm, experts = model.norm, model.layers[1].mlp.experts
+    watched = {"norm": norm.weight, "experts": experts.w3}
+    forward = norm.forward
 
     def use(*_: Any) -> None:
+        """One way of not being used each: trained, but not reached; and not trained."""
         used = next(micro_step) in (0, 1, 3)
-        for parameter in watched.values():
-            parameter.requires_grad_(used)
+        experts.w3.requires_grad_(used)
+        norm.forward = forward if used else detached
+
+    def detached(x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, norm.weight.shape, norm.weight.detach(), norm.rms_epsilon)
 
     model.register_forward_pre_hook(use)
     found: dict[str, list[float]] = {name: [] for name in watched}

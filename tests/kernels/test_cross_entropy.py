@@ -123,6 +123,18 @@ def test_a_block_takes_the_bytes_it_may() -> None:
     assert rows_within(10**9, x_TD[:0], 20) == 1
 
 
+def test_a_label_that_is_no_word_does_not_pass() -> None:
+    x_TD, weight_VD, labels_T = tensors(10, 8, 30)
+    for label in (30, -1):
+        labels_T[4] = label
+        if INTERPRETING or DEVICE == "cuda":
+            loss = chunked_cross_entropy(x_TD, weight_VD, labels_T, num_rows=7)
+            assert torch.isnan(loss)
+        else:
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                chunked_cross_entropy(x_TD, weight_VD, labels_T, num_rows=7)
+
+
 def test_a_second_backward_is_refused() -> None:
     """Gradients are made once, in forward, and scaled in place."""
     x_TD, weight_VD, labels_T = tensors(10, 8, 30)

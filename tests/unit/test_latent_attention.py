@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from epctl.runtime import latent_attention
+from epctl.runtime.attention_logits import AttentionLogits
 from epctl.runtime.latent_attention import FusedLatentAttention, fuse_latent_attention
 
 SIZES = {
@@ -94,6 +95,18 @@ def test_a_cache_goes_through_the_class(monkeypatch: pytest.MonkeyPatch) -> None
     prompt = torch.tensor([[1, 2, 3]])
     words = model.generate(prompt, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
     assert words.shape == (1, 7)
+
+
+def test_eager_attention_is_found_where_the_class_has_it() -> None:
+    """Attention logits wrap what the class's module calls eager attention."""
+    model = model_of("deepseek_v3", "DeepseekV3", q_lora_rank=None)
+    model.config._attn_implementation = "eager"  # type: ignore[union-attr]
+    assert fuse_latent_attention(model) == 2
+    logits = AttentionLogits(model, 1)
+    loss_and_gradients(model)
+    assert logits is not None
+    attention = model.model.layers[0].self_attn  # type: ignore[union-attr,index]
+    assert hasattr(importlib.import_module(type(attention).__module__), "eager_attention_forward")
 
 
 def test_another_rotation_stays_as_it_is() -> None:

@@ -143,7 +143,7 @@ def test_the_config_decides_for_layers_and_experts() -> None:
     model = model_with("none")
     set_up_recomputation(model, resolve_config(flags=flags).config)
     parts = {type(m).__name__: "forward" in vars(m) for m in model.model.layers[1].children()}
-    assert parts["DeepseekV3Attention"]
+    assert parts["FusedDeepseekV3Attention"]
     assert not parts["FusedDeepseekV3RMSNorm"]
     assert all(m.recompute_activation for m in model.modules() if isinstance(m, LocalExperts))
 
