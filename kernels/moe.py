@@ -120,12 +120,15 @@ def _inward(
 
 def _outward(
     activations: list[Tensor],
+    x_TD: Tensor,
     weights_TK: Tensor,
     w2_EDI: Tensor,
     biases: list[Tensor],
     tables: RoutingTables,
 ) -> Tensor:
     """Takes the one tensor of `activations` out of the list: it is gone before the results are."""
+    if not activations:
+        return x_TD.new_zeros(x_TD.shape)
     a_NI = activations.pop()
     tile = _tiles(len(a_NI), w2_EDI).down
     y_ND = gemm.down(a_NI, w2_EDI, tables, tile, biases=_of_experts(biases))
@@ -151,9 +154,7 @@ def _forward(
     activation = _activation(function, form, limit, alpha)
     of_rows = x_TD, experts_TK, w1_EID, w3_EID, biases, activation, keep_h, num_rows
     activations, h, tables = _inward(*of_rows)
-    if not activations:
-        return x_TD.new_zeros(x_TD.shape), h, *tables
-    return _outward(activations, weights_TK, w2_EDI, biases, tables), h, *tables
+    return _outward(activations, x_TD, weights_TK, w2_EDI, biases, tables), h, *tables
 
 
 _moe_forward = torch.library.custom_op("epctl::moe_forward", mutates_args=())(_forward)
@@ -348,12 +349,9 @@ class _Inward(torch.autograd.Function):
         activation = _activation(function, form, limit, alpha)
         of_rows = x_TD, experts_TK, w1_EID, w3_EID, biases, activation, keep_h, num_rows
         activations, h, tables = _inward(*of_rows)
-        if not activations:
-            passage.outward = functools.partial(x_TD.new_zeros, x_TD.shape)
-        else:
-            passage.outward = functools.partial(
-                _outward, activations, weights_TK, w2_EDI, biases, tables
-            )
+        passage.outward = functools.partial(
+            _outward, activations, x_TD, weights_TK, w2_EDI, biases, tables
+        )
         _keep(ctx, (*tensors, biases, *rest[:RULE_LENGTH]), (x_TD, h, *tables))
         ctx.passage = passage
         link: Tensor = x_TD.new_empty(0)

@@ -109,9 +109,7 @@ def fuse_latent_attention(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if all(hasattr(module, name) for name in NEEDED) and _is_latent(
-            cast(Any, type(module)), module
-        ):
+        if all(hasattr(module, name) for name in NEEDED) and _is_latent(module):
             module.__class__ = _fused_class(cast(Any, type(module)))
             count += 1
     return count
@@ -124,9 +122,9 @@ def _fused_class(attention_class: Any) -> Any:
     return type(f"Fused{attention_class.__name__}", (FusedLatentAttention, attention_class), own)
 
 
-def _is_latent(attention_class: Any, module: Any) -> bool:
-    """True if a small module of the class gives, both ways, what `attend` does with its weights."""
-    if issubclass(attention_class, FusedLatentAttention) or "forward" in vars(module):
+def _is_latent(module: Any) -> bool:
+    """True if a small module of its class gives, both ways, what `attend` does with its weights."""
+    if isinstance(module, FusedLatentAttention) or "forward" in vars(module):
         return False
     try:
         config = copy.deepcopy(module.config)
@@ -137,7 +135,7 @@ def _is_latent(attention_class: Any, module: Any) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                small = attention_class(config, layer_idx=getattr(module, "layer_idx", 0)).float()
+                small = type(module)(config, layer_idx=getattr(module, "layer_idx", 0)).float()
                 return _agrees(small)
     except Exception:  # whatever it wants, it is not what `attend` gives it
         return False
