@@ -10,6 +10,8 @@ CONSTRAINTS := requirements/constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 PYTEST_ARGS ?=
+# Processes that share the test files; each may start up to four gloo ranks of its own.
+WORKERS ?= 2
 
 .PHONY: train test lint types pytest install clean
 
@@ -26,7 +28,7 @@ types: install
 	$(BIN)/mypy
 
 pytest: install
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 install: $(VENV)/.installed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,11 @@ import subprocess
 import pytest
 
 from epctl.output import Mode, Output
+
+# Workers of pytest-xdist share the cores; it also tells them a terminal's width that is none.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.pop("COLUMNS", None)
 
 
 def pytest_configure() -> None:

@@ -6,7 +6,9 @@ Samples are drawn by index alone, so order depends on seed and batch layout, nev
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,9 @@ def standard_library_corpus(folder: Path | None = None) -> ByteCorpus:
     root = folder or Path(sysconfig.get_paths()["stdlib"])
     parts: dict[bool, list[bytes]] = {True: [], False: []}
     total = 0
-    for path in sorted(root.rglob("*.py")):
-        if total >= MAX_BYTES or SKIPPED_FOLDERS & set(path.relative_to(root).parts):
-            continue
+    for path in sorted(_sources(root)):
+        if total >= MAX_BYTES:
+            break
         text = path.read_bytes()
         total += len(text)
         digest = hashlib.sha256(path.name.encode()).digest()
@@ -50,6 +52,13 @@ def standard_library_corpus(folder: Path | None = None) -> ByteCorpus:
     if not parts[True] or not parts[False]:
         raise InputError(f"found only {total} bytes of Python sources under `{root}`")
     return ByteCorpus(_joined(parts[False]), _joined(parts[True]))
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """Gives Python files; site-packages, tens of thousands of them, are not walked through."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _joined(texts: list[bytes]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

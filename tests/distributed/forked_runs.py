@@ -17,6 +17,7 @@ from typing import Any
 
 from launch import free_port
 from parity_ranks import tiny_config
+from preloaded import preload
 
 from epctl.runtime import default_model, faults, leave, train, worker
 
@@ -97,6 +98,7 @@ def run(scenario: dict[str, Any]) -> list[int]:
 
 
 if __name__ == "__main__":
+    preload()
     for wanted in json.loads(sys.argv[1]):
         started = time.monotonic()
         result = {"name": wanted["name"], "codes": run(wanted)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -36,47 +37,42 @@ def run_ranks(
 ) -> list[dict[str, Any]]:
     """Runs `python -m module FOLDER ...` on gloo ranks; returns each rank's `rank-K.json`.
 
-    Ranks are started directly, not by torchrun: one interpreter start fewer. The whole group is
-    killed when one fails or the time is over, and the failing rank's output is in the error.
+    Ranks are forked from one process that has imported what all import. The whole group is killed
+    when one fails or the time is over, and the failing rank's output is in the error.
     """
     environment = rank_environment() | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(num_ranks),
     }
-    processes = []
-    for rank in range(num_ranks):
-        log = (folder / f"rank-{rank}.log").open("w")
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", module, str(folder), *arguments],
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    (folder / "codes.json").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "forked_ranks", str(num_ranks), module, str(folder)]
+    with (folder / "ranks.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
-        _wait(processes, folder, timeout)
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        pass
     finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        with contextlib.suppress(ProcessLookupError):  # ranks outlive it when one has failed
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    _require_success(folder, num_ranks, timeout)
     return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(num_ranks)]
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> None:
-    import time
-
-    deadline = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes):
-        failed = [r for r, process in enumerate(processes) if process.poll() not in (None, 0)]
-        if failed or time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    codes = [process.poll() for process in processes]
-    if any(code != 0 for code in codes):
+def _require_success(folder: Path, num_ranks: int, timeout: float) -> None:
+    written = folder / "codes.json"
+    codes = json.loads(written.read_text()) if written.exists() else [None] * num_ranks
+    if codes != [0] * num_ranks:
         first = next((r for r, code in enumerate(codes) if code not in (None, 0)), 0)
-        tail = (folder / f"rank-{first}.log").read_text()[-4000:]
-        raise AssertionError(f"ranks ended with {codes}; rank {first} said:\n{tail}")
+        log = folder / f"rank-{first}.log"
+        tail = (log if log.exists() else folder / "ranks.log").read_text()[-4000:]
+        said = f"ranks ended with {codes} within {timeout:.0f} s"
+        raise AssertionError(f"{said}; rank {first} said:\n{tail}")
