@@ -22,7 +22,7 @@ from epctl.errors import ConfigError
 
 # A yes or no is what other trainers have here: all of a layer, or nothing.
 Checkpointing = Annotated[
-    Literal["none", "attention", "moe", "full"],
+    Literal["none", "attention", "moe", "except_attention", "full"],
     BeforeValidator(lambda value: _mode(value) if isinstance(value, bool) else value),
 ]
 
@@ -136,7 +136,9 @@ class TrainSection(Section):
         "auto", description="auto: bfloat16 on GPU, float32 on CPU"
     )
     activation_checkpointing: Checkpointing = Field(
-        "none", description="what backward recomputes: none, attention, moe, or full layers"
+        "none",
+        description="what backward recomputes: none, attention, moe, full layers, or of them all "
+        "but what attention gave (except_attention)",
     )
     logits_mib: float = Field(
         512, gt=0, description="float32 logits held at one time, MiB; more are made in blocks"

@@ -74,8 +74,8 @@ def link(size: int, ranks_per_node: int, rates: Rates) -> float:
 
 
 def _again(shape: ModelShape, plan: RankPlan, part: str) -> float:
-    """The share of decoder layers whose `part` is made again; of `full` all but the last."""
-    if plan.checkpointing == "full":
+    """The share of decoder layers whose `part` is made again; of whole layers all but the last."""
+    if plan.recomputes_layers and (part, plan.checkpointing) != ("attention", "except_attention"):
         return 1 - 1 / shape.num_layers
     return float(plan.checkpointing == part)
 
@@ -101,7 +101,7 @@ def _dense(shape: ModelShape, plan: RankPlan, rates: Rates) -> float:
     head = 2 * plan.num_tokens * shape.num_head_elements
     vision = 2 * plan.patches * plan.micro_batch / plan.sp * _vision_parameters(shape)
     layers *= 3 + _again(shape, plan, "full")
-    vision *= 4 if plan.checkpointing == "full" else 3
+    vision *= 4 if plan.recomputes_layers else 3
     return (layers + vision + 3 * head) / rate
 
 

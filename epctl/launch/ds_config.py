@@ -27,7 +27,7 @@ def deepspeed_config(
         zero |= {"reduce_bucket_size": 2**24, "allgather_bucket_size": 2**24}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 10_000}
-        if config.train.activation_checkpointing == "full":
+        if config.train.activation_checkpointing in ("except_attention", "full"):
             zero |= {"memory_efficient_linear": False}
         if on_cpu:
             zero |= {"stage3_prefetch_bucket_size": 2**22}

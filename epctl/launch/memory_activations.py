@@ -121,6 +121,7 @@ class LayerBytes:
     block: float
     backward: float
     dispatch: float = 0.0
+    result: float = 0.0  # of attention: its output and log-sum-exp
 
     @property
     def kept(self) -> float:
@@ -162,7 +163,7 @@ def layer_bytes(shape: ModelShape, plan: RankPlan, *, is_moe: bool) -> LayerByte
         block = tokens * mlp_token_bytes(shape.dense_intermediate, width)
         weights = 3 * shape.dense_intermediate * hidden * width
         peak = max(flow, 3 * tokens * shape.dense_intermediate * width + weights)
-        return LayerBytes(attention, norm + block, residual + peak)
+        return LayerBytes(attention, norm + block, residual + peak, result=_result(shape, plan))
     moe, received = _moe_of(shape, plan)
     router = tokens * shape.num_experts * 8  # the tokens themselves are kept by the norm
     shared = tokens * mlp_token_bytes(shape.shared_intermediate, width)
@@ -175,8 +176,16 @@ def layer_bytes(shape: ModelShape, plan: RankPlan, *, is_moe: bool) -> LayerByte
         # Gradients of the rows come in and go out by all-to-all.
         backward += 2 * rows * hidden * width
     return LayerBytes(
-        attention, norm + router + shared + moe.kept, residual + max(flow, backward), dispatch
-    )
+        attention, norm + router + shared + moe.kept, residual + max(flow, backward), dispatch,
+        _result(shape, plan),
+    )  # fmt: skip
+
+
+def _result(shape: ModelShape, plan: RankPlan) -> float:
+    if shape.attention is None:
+        return 0.0
+    a = shape.attention
+    return plan.num_tokens * a.num_heads * (a.v_head_dim * plan.width + 4)
 
 
 def _moe_of(shape: ModelShape, plan: RankPlan) -> tuple[MoEBytes, float]:
@@ -200,13 +209,14 @@ def activation_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
     if not layers:
         return
     inputs = tokens * hidden * width
-    full = plan.checkpointing == "full"
-    kept = sum((inputs if full else _stored(layer, plan)) * count for layer, count in layers)
+    full = plan.recomputes_layers
+    kept = sum((inputs * full + _stored(layer, plan)) * count for layer, count in layers)
+    results = " + attention's result" if plan.checkpointing == "except_attention" else ""
     yield Term(
         "inputs of recomputed layers" if full else "activations kept by the layers",
         "activations",
         kept + inputs,
-        f"(L + 1) x {width} B x T x D" if full else _kept_formula(plan),
+        f"(L + 1) x {width} B x T x D{results}" if full else _kept_formula(plan),
         Phase.LOSS | Phase.FIRST_BACKWARD,
         values={"L": shape.num_layers, "T": tokens, "D": hidden},
     )
@@ -252,7 +262,7 @@ def _dispatch_terms(
     largest = max(num_bytes for num_bytes, _ in layers)
     if not largest:
         return
-    again = plan.checkpointing in ("moe", "full")
+    again = plan.checkpointing == "moe" or plan.recomputes_layers
     received = distinct_ranks(plan.ep, shape.num_experts, shape.top_k)
     every = sum(num_bytes * count for num_bytes, count in layers)
     yield Term(
@@ -266,9 +276,13 @@ def _dispatch_terms(
 
 def _stored(layer: LayerBytes, plan: RankPlan) -> float:
     """Bytes of a layer that stay from its forward to its backward, besides its input."""
-    return {"none": layer.kept, "attention": layer.block, "moe": layer.attention, "full": 0.0}[
-        plan.checkpointing
-    ]
+    return {
+        "none": layer.kept,
+        "attention": layer.block,
+        "moe": layer.attention,
+        "except_attention": layer.result,
+        "full": 0.0,
+    }[plan.checkpointing]
 
 
 def _kept_formula(plan: RankPlan) -> str:
@@ -286,7 +300,7 @@ def vision_terms(shape: ModelShape, plan: RankPlan) -> Iterator[Term]:
     hidden, width = vision.hidden_size, plan.width
     mlp = mlp_token_bytes(vision.intermediate_size, width, is_gated=vision.is_gated)
     layer = patches * (2 * hidden * (4 + 2 * width) + 8 * hidden * width + mlp)
-    full = plan.checkpointing == "full"
+    full = plan.recomputes_layers
     kept = vision.num_layers * (patches * hidden * width if full else layer)
     yield Term(
         "vision tower", "activations", kept,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from epctl.config import RunConfig
 from epctl.launch.ds_config import deepspeed_config
 
-Checkpointing = Literal["none", "attention", "moe", "full"]
+Checkpointing = Literal["none", "attention", "moe", "except_attention", "full"]
 # Elements; what DeepSpeed 0.19.8 takes where the JSON is silent (runtime/zero/config.py).
 DEEPSPEED_DEFAULTS: Mapping[str, int] = {
     "reduce_bucket_size": 500_000_000,
@@ -73,6 +73,11 @@ class RankPlan:
     logits_bytes: float = math.inf
     imbalance: float = 1.0
     patches: int = 0
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whole decoder layers, with or without what attention computed."""
+        return self.checkpointing in ("except_attention", "full")
 
     @property
     def recomputed(self) -> str:

@@ -24,7 +24,7 @@ from epctl.layout.model import ModelLayout
 
 # ZeRO-0 adds micro-steps up in bfloat16 and averages expert norms: only where it is asked for.
 STAGES = (1, 2, 3)
-CHECKPOINTING = ("none", "attention", "moe", "full")
+CHECKPOINTING = ("none", "attention", "moe", "except_attention", "full")
 # `train.activation_checkpointing` and `moe.recompute`.
 Recomputed = tuple[str, str]
 # Shorter sequences are not worth an exchange in every layer.

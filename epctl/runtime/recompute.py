@@ -1,14 +1,16 @@
 """Activation checkpointing: what backward makes again instead of keeping.
 
-`full` recomputes each decoder layer (transformers' own hook) but the last, `attention` and `moe`
-only that part of it. Non-reentrant everywhere, which ZeRO-3's hooks need. A recomputed router sees
-the very tensors of its first forward, so it chooses the same experts; what it counts must be
-counted once, which is what `recomputing` is for.
+`full` recomputes each decoder layer (transformers' own hook) but the last, `except_attention` too
+but for what attention gave (kept_attention.py), `attention` and `moe` only that part of it.
+Non-reentrant everywhere, which ZeRO-3's hooks need. A recomputed router sees the very tensors of
+its first forward, so it chooses the same experts; what it counts must be counted once, which is
+what `recomputing` is for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -20,8 +22,15 @@ from epctl.config import RunConfig
 from epctl.errors import ConfigError
 from epctl.runtime.decoder import decoder_layers
 from epctl.runtime.deepspeed_seams import AutoEPMoELayer
+from epctl.runtime.kept_attention import (
+    KEPT_IMPLEMENTATIONS,
+    KeptAttention,
+    register_kept_attention,
+)
 
-Mode = Literal["none", "attention", "moe", "full"]
+Mode = Literal["none", "attention", "moe", "except_attention", "full"]
+
+LAYERS: tuple[Mode, ...] = ("except_attention", "full")
 
 _depth = 0  # of recomputations under way; autograd runs them one at a time on a device's thread
 
@@ -49,13 +58,25 @@ def _contexts() -> tuple[Any, Any]:
 OPTIONS: dict[str, Any] = {"use_reentrant": False, "context_fn": _contexts}
 
 
+def _keeping_contexts() -> tuple[Any, Any]:
+    """As `_contexts`, of a layer that keeps what its attention computed."""
+    kept = KeptAttention()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with _recomputation(), kept.replaying():
+            yield
+
+    return kept.recording(), again()
+
+
 def set_up_recomputation(model: nn.Module, config: RunConfig) -> None:
     """Makes backward recompute what a config says, of layers and of experts.
 
     Raises ConfigError if the model has no such part.
     """
     checkpoint_activations(model, config.train.activation_checkpointing)
-    if config.train.activation_checkpointing == "full":
+    if config.train.activation_checkpointing in LAYERS:
         keep_last_layer(model)
     if config.moe.recompute == "activation":
         recompute_expert_activations(model)
@@ -68,8 +89,10 @@ def checkpoint_activations(model: nn.Module, mode: Mode) -> int:
     """
     if mode == "none":
         return 0
-    if mode == "full":
-        return _checkpoint_layers(model)
+    if mode in LAYERS:
+        if mode == "except_attention":
+            _warn_if_not_kept(model)
+        return _checkpoint_layers(model, keeps_attention=mode == "except_attention")
     found = [m for name, m in model.named_modules() if _is_part(name, m, mode)]
     if not found:
         raise ConfigError(
@@ -118,11 +141,25 @@ def _is_part(name: str, module: nn.Module, mode: Mode) -> bool:
     return name.rpartition(".")[2] in ("self_attn", "linear_attn")
 
 
-def _checkpoint_layers(model: Any) -> int:
+def _warn_if_not_kept(model: nn.Module) -> None:
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if name not in KEPT_IMPLEMENTATIONS:
+        warnings.warn(
+            f"`train.activation_checkpointing` is except_attention, but attention is {name!r}: "
+            "it is made again as with `full`",
+            stacklevel=3,
+        )
+
+
+def _checkpoint_layers(model: Any, *, keeps_attention: bool) -> int:
+    options = OPTIONS
+    if keeps_attention:
+        register_kept_attention()
+        options = OPTIONS | {"context_fn": _keeping_contexts}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=OPTIONS)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # its name before transformers 5.20
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=OPTIONS)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return sum(bool(getattr(m, "gradient_checkpointing", False)) for m in model.modules())
 
 

@@ -30,6 +30,7 @@ from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.chunked_loss import limit_logits
 from epctl.runtime.leave import leave
 from epctl.runtime.mesh import Mesh
+from epctl.runtime.recompute import checkpoint_activations
 from epctl.runtime.sequence import attention, decoder, tower, units, vision
 from epctl.runtime.sequence import loss as loss_of
 from epctl.runtime.sequence.group import SequenceGroup, create_sequence_group
@@ -188,7 +189,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     if "ep" in case:
         sequence_engine.swap_experts(model, mesh_of(case))
         expected = sequence_engine.expected_here(expected, mesh_of(case))
-    if case.get("checkpointing"):
+    if case.get("checkpointing") == "kept":
+        checkpoint_activations(model, "except_attention")
+    elif case.get("checkpointing"):
         recompute(model)
     if "logits_bytes" in case:
         assert limit_logits(model, case["logits_bytes"]) is None

@@ -75,6 +75,7 @@ CASES = {
         case("muon", 0, 4),
         case("muon", 3, 4, recompute="moe"),
         case("muon", 3, 2, recompute="full"),
+        case("adamw", 2, 4, recompute="except_attention"),
         case("muon", 3, 4, balance=True, recompute="moe"),
         case("muon", 2, 2, balance=True, accumulation=2),
         case("muon", 3, 2, accumulation=2),
@@ -138,15 +139,15 @@ def test_every_layout_trains_alike(
 def test_a_recomputation_ends_before_rows_travel_back(
     results: dict[int, tuple[list[Any], Path]],
 ) -> None:
-    """Two MoE layers in every case: `moe` makes both again, `full` all but the last layer."""
-    recomputed = [(n, c) for n, c in ALL if c.get("recompute") in ("moe", "full") and c["ep"] > 1]
-    assert {case["recompute"] for _, case in recomputed} == {"moe", "full"}
+    """Two MoE layers in every case: `moe` makes both again, whole layers are all but the last."""
+    again = {"moe": 2, "full": 1, "except_attention": 1}
+    recomputed = [(n, c) for n, c in ALL if c.get("recompute") in again and c["ep"] > 1]
+    assert {case["recompute"] for _, case in recomputed} == set(again)
     for num_ranks, case in recomputed:
         for rank in results[num_ranks][0]:
             calls = rank[case["name"]]["calls"]
-            again = {"moe": 2, "full": 1}[case["recompute"]]
             assert calls["combine"] == 2 * 4 * case.get("accumulation", 1)
-            assert calls["dispatch"] * 2 == calls["combine"] * (2 + again)
+            assert calls["dispatch"] * 2 == calls["combine"] * (2 + again[case["recompute"]])
 
 
 def test_training_moves_every_weight(results: dict[int, tuple[list[Any], Path]]) -> None:

@@ -29,7 +29,7 @@ def case(model: str, sp: int, **options: Any) -> dict[str, Any]:
 
 CASES = [
     case("llama", 1, kind="padded"),
-    case("llama", 4, kind="left", checkpointing=True),
+    case("llama", 4, kind="left", checkpointing="kept"),
     case("llama", 2, kind="packed", zero=3),
     case("qwen3", 2, kind="padded", zero=1),
     case("qwen3", 4, kind="packed", given_count=False),
@@ -54,7 +54,7 @@ CASES = [
     case("qwen3_vl", 2, images=[0, 3], zero=3),
     case("qwen3_vl", 2, kind="video", vision="replicate"),
     case("qwen3_vl", 4, kind="padded", images=2, vision="units"),
-    case("qwen3_vl_moe", 2, kind="padded", ep=2, zero=3, checkpointing=True),
+    case("qwen3_vl_moe", 2, kind="padded", ep=2, zero=3, checkpointing="kept"),
     case("qwen3_vl_moe", 2, kind="video", ep=2, zero=1),
     case("qwen3_vl_moe", 4, images=[5], ep=2, zero=0),
     case("llava_next", 1, kind="padded"),
@@ -95,7 +95,7 @@ CASES = [
     case("glm4v", 2, images=[1, 4], balance=True, vision="units"),
     case("kimi_k25", 2, images=[4, 1], balance=True, zero=1),
     case("llama", 2, kind="padded", logits_bytes=600),
-    case("deepseek_v3", 2, kind="packed", overlap=True, checkpointing=True),
+    case("deepseek_v3", 2, kind="packed", overlap=True, checkpointing="kept"),
     case(
         "llama",
         2,
@@ -104,7 +104,7 @@ CASES = [
         zero=3,
         changes={"num_attention_heads": 8, "num_key_value_heads": 4},
     ),
-    case("qwen2_5_vl", 2, kind="video", overlap=True, checkpointing=True),
+    case("qwen2_5_vl", 2, kind="video", overlap=True, checkpointing="kept"),
     case("qwen3_vl", 2, images=[0, 3], vision="ulysses", overlap=True),
     case("internvl", 2, vision="ulysses", images=1, kind="padded", overlap=True),
     case("qwen2_5_vl", 4, kind="padded", images=3, logits_bytes=600, checkpointing=True),

@@ -55,7 +55,7 @@ plans = st.fixed_dictionaries(
         "optimizer": st.sampled_from(("muon", "adamw")),
         "accumulation": st.sampled_from((1, 2, 8)),
         "offload": st.booleans(),
-        "checkpointing": st.sampled_from(("none", "attention", "moe", "full")),
+        "checkpointing": st.sampled_from(("none", "attention", "moe", "except_attention", "full")),
         "recomputes_experts": st.booleans(),
         "micro_batch": st.sampled_from((1, 2, 8)),
         "sequence_length": st.sampled_from((512, 4096, 32768)),

@@ -100,7 +100,7 @@ def test_experts_alone_may_be_made_again() -> None:
     fixed = {"parallel.ep": 2, "parallel.zero": 2, "train.micro_batch_size": 1}
     request, found = answer(MOONLIGHT, 8, 141, fixed=fixed)
     by_name = {option.plan.recomputed: option for option in found.options}
-    both = {"attention+experts", "moe", "full"}
+    both = {"attention+experts", "moe", "except_attention", "full"}
     assert set(by_name) == {"none", "experts", "attention"} | both
     assert (next(iter(by_name)), next(reversed(by_name))) == ("none", "full")
     for less in ("none", "attention"):
@@ -230,6 +230,9 @@ def test_recomputing_costs_a_forward_and_a_link_costs_its_bytes() -> None:
     # All but the last layer, and of each all products but the last.
     assert full.experts == pytest.approx((3 + 2 / 3 * 26 / 27) / 3 * none.experts)
     assert full.dispatch == pytest.approx((4 + 26 / 27) / 4 * none.dispatch)
+    kept = step_cost(shape, dataclasses.replace(run, checkpointing="except_attention"), Rates(), 8)
+    assert full.attention == pytest.approx((3.5 + 26 / 27) / 3.5 * none.attention)
+    assert kept == dataclasses.replace(full, attention=none.attention)
     across = step_cost(shape, run, Rates(), 4)
     assert across.dispatch == pytest.approx(none.dispatch * Rates().nvlink / Rates().network)
 

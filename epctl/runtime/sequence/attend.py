@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from epctl.runtime.kept_attention import keeping
 from epctl.runtime.sequence.documents import Intervals
 from epctl.runtime.sequence.varlen import Span, attend_spans, can_attend
 
@@ -41,6 +42,18 @@ def attend(
         intervals: in key rows; a query at row `first_query + i` attends within its interval.
         first_query: key row of the first query; 0 and Q = K when queries are not cut.
     """
+    with keeping(rule.dropout):
+        return _attend_intervals(q_BHQD, k_BJKD, v_BJKD, intervals, rule, first_query)
+
+
+def _attend_intervals(
+    q_BHQD: Tensor,
+    k_BJKD: Tensor,
+    v_BJKD: Tensor,
+    intervals: Intervals,
+    rule: Rule,
+    first_query: int,
+) -> Tensor:
     num_queries, num_keys = q_BHQD.shape[2], k_BJKD.shape[2]
     uncut = num_queries == num_keys
     if uncut and all(row == ((0, num_keys),) for row in intervals):
