@@ -280,13 +280,14 @@ def lean_and_plain_steps(zero: int, **case: Any) -> dict[str, Any]:
     return found | {"difference": max(float((a - b).norm() / b.norm()) for a, b in pairs)}
 
 
-def moments_of_what_is_sometimes_used(zero: int) -> dict[str, list[float]]:
-    """The lengths of two Parameters' first moments after each of three steps of two micro-steps.
+def moments_of_what_is_sometimes_used(zero: int, **case: Any) -> dict[str, list[float]]:
+    """The lengths of two Parameters' first moments after each of four steps of two micro-steps.
 
     A norm's and, held by one rank, experts': the second step uses them in its last micro-step
-    alone, the third in neither.
+    alone, the third in neither, the fourth in its first alone.
     """
-    config, mesh, engine, optimizer, scheduler = make(zero, 4, bfloat16=True, accumulation=2)
+    case = {"bfloat16": True, "accumulation": 2} | case
+    config, mesh, engine, optimizer, scheduler = make(zero, 4, **case)
     model, micro_step = engine.module.model, itertools.count()
     norm, experts = model.norm, model.layers[1].mlp.experts
     watched = {"norm": norm.weight, "experts": experts.w3}
@@ -294,8 +295,9 @@ def moments_of_what_is_sometimes_used(zero: int) -> dict[str, list[float]]:
 
     def use(*_: Any) -> None:
         """One way of not being used each: trained, but not reached; and not trained."""
-        used = next(micro_step) in (0, 1, 3)
-        experts.w3.requires_grad_(used)
+        number = next(micro_step)
+        used = number in (0, 1, 3, 6)
+        experts.w3.requires_grad_(used or number == 7)  # frozen at a step's end: nothing counts
         norm.forward = forward if used else detached
 
     def detached(x: torch.Tensor) -> torch.Tensor:
@@ -303,7 +305,7 @@ def moments_of_what_is_sometimes_used(zero: int) -> dict[str, list[float]]:
 
     model.register_forward_pre_hook(use)
     found: dict[str, list[float]] = {name: [] for name in watched}
-    for step in range(3):
+    for step in range(4):
         train_step(engine, scheduler, rank_batches(step, config), config, mesh)
         for name, parameter in watched.items():
             found[name].append(moment_length(engine, optimizer, parameter))
@@ -374,7 +376,11 @@ def main(folder: Path) -> None:
             result[f"{trainable} {zero}"] = steps_of_a_part(zero, trainable)
     result["hooks"] = hooks_by_layer()
     for zero in (2, 3):
-        result[f"sometimes{zero}"] = moments_of_what_is_sometimes_used(zero)
+        for offload in (False, True):
+            moments_by_name = moments_of_what_is_sometimes_used(
+                zero, flags={"optim.offload": offload}
+            )
+            result[f"sometimes{zero}{' offload' * offload}"] = moments_by_name
     for zero in (2, 3):
         result[f"released{zero}"] = memory_of_an_engine_comes_back(zero)
     result["failed_save"] = failed_save(folder)

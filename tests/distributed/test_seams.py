@@ -135,9 +135,21 @@ def test_a_parameter_without_a_gradient_has_a_gradient_of_zero(ranks: Ranks, par
         assert found[0] > 0
         assert found == pytest.approx(other, rel=2e-2)  # of bfloat16 steps, which part a little
         assert abs(found[1] / found[0] - kept) > 0.01  # the second step had a gradient
-        for first, second, third in (found, other):
+        for first, second, third, fourth in (found, other):
             assert first > 0
             assert third == pytest.approx(kept * second, rel=1e-4)
+            assert abs(fourth / third - kept) > 0.01  # its first micro-step had one
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_offloaded_gradients_are_those_of_all_micro_steps_and_of_this_step(
+    ranks: Ranks, zero: int
+) -> None:
+    """ZeRO alone keeps on the host what the last backward did not reach, of the step before."""
+    for rank in ranks:
+        found, expected = rank[f"sometimes{zero} offload"], rank[f"sometimes{zero}"]
+        for name, lengths in expected.items():
+            assert found[name] == pytest.approx(lengths, rel=1e-5)
 
 
 @pytest.mark.parametrize("trainable", PARTS)
