@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from epctl.config import resolve_config
 from epctl.errors import ConfigError, ResourceError
 from epctl.kernels.newton_schulz_cost import choose_method, iteration_flops
+from epctl.launch import planner
 from epctl.launch.cost import newton_schulz_flops, step_cost
 from epctl.launch.cost_rates import H100_EXPERTS, Rates, load_rates, remember
 from epctl.launch.memory_shape import model_shape
@@ -96,11 +97,11 @@ def test_fixed_settings_are_never_changed() -> None:
         assert (option.plan.ep, option.plan.zero, option.plan.checkpointing) == (2, 3, "full")
 
 
-def test_experts_alone_may_be_made_again() -> None:
+def test_experts_alone_may_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = {"parallel.ep": 2, "parallel.zero": 2, "train.micro_batch_size": 1}
     request, found = answer(MOONLIGHT, 8, 141, fixed=fixed)
     by_name = {option.plan.recomputed: option for option in found.options}
-    both = {"attention+experts", "moe", "except_attention", "full"}
+    both = {"attention+experts", "moe", "full"}
     assert set(by_name) == {"none", "experts", "attention"} | both
     assert (next(iter(by_name)), next(reversed(by_name))) == ("none", "full")
     for less in ("none", "attention"):
@@ -109,6 +110,9 @@ def test_experts_alone_may_be_made_again() -> None:
     line = train_line(request, by_name["attention+experts"], MOONLIGHT)
     assert "--set moe.recompute=activation" in line
     assert "moe.recompute" not in train_line(request, by_name["none"], MOONLIGHT)
+    monkeypatch.setattr(planner, "LONG_SEQUENCE", 4096)
+    _, long = answer(MOONLIGHT, 8, 141, fixed=fixed)
+    assert {option.plan.recomputed for option in long.options} == {*by_name, "except_attention"}
     _, kept = answer(MOONLIGHT, 8, 141, fixed=fixed | {"moe.recompute": "none"})
     assert not any(option.plan.recomputes_experts for option in kept.options)
 
