@@ -150,7 +150,7 @@ def bench_train(
         int | None, typer.Option(help="Sequences a rank; default: 4 on GPUs, 2 on a CPU.")
     ] = None,
     recompute: Annotated[
-        str | None, typer.Option(help="none, attention, moe, except_attention or full (on GPUs).")
+        str | None, typer.Option(help="`train.activation_checkpointing`; full on GPUs.")
     ] = None,
     peer: Annotated[
         list[str] | None,

@@ -20,9 +20,12 @@ from epctl.config_checkpoint import CheckpointSection, GuardsSection, Section
 from epctl.config_data import DataSection, ModelSection
 from epctl.errors import ConfigError
 
+# What backward makes again; the order is of what is kept, the most first.
+Recompute = Literal["none", "attention", "moe", "except_attention", "full"]
+WHOLE_LAYERS: tuple[Recompute, ...] = ("except_attention", "full")
 # A yes or no is what other trainers have here: all of a layer, or nothing.
 Checkpointing = Annotated[
-    Literal["none", "attention", "moe", "except_attention", "full"],
+    Recompute,
     BeforeValidator(lambda value: _mode(value) if isinstance(value, bool) else value),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from epctl.config import RunConfig
+from epctl.config import WHOLE_LAYERS, RunConfig
 from epctl.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def deepspeed_config(
         zero |= {"reduce_bucket_size": 2**24, "allgather_bucket_size": 2**24}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 10_000}
-        if config.train.activation_checkpointing in ("except_attention", "full"):
+        if config.train.activation_checkpointing in WHOLE_LAYERS:
             zero |= {"memory_efficient_linear": False}
         if on_cpu:
             zero |= {"stage3_prefetch_bucket_size": 2**22}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from epctl.config import RunConfig
+from epctl.config import WHOLE_LAYERS, Recompute, RunConfig
 from epctl.launch.ds_config import deepspeed_config
 
-Checkpointing = Literal["none", "attention", "moe", "except_attention", "full"]
 # Elements; what DeepSpeed 0.19.8 takes where the JSON is silent (runtime/zero/config.py).
 DEEPSPEED_DEFAULTS: Mapping[str, int] = {
     "reduce_bucket_size": 500_000_000,
@@ -61,7 +60,7 @@ class RankPlan:
     sequence_length: int
     engine: EngineBuffers
     accumulation: int = 1
-    checkpointing: Checkpointing = "none"
+    checkpointing: Recompute = "none"
     recomputes_experts: bool = False
     offload: bool = False
     optimizer: str = "muon"
@@ -77,7 +76,7 @@ class RankPlan:
     @property
     def recomputes_layers(self) -> bool:
         """Whole decoder layers, with or without what attention computed."""
-        return self.checkpointing in ("except_attention", "full")
+        return self.checkpointing in WHOLE_LAYERS
 
     @property
     def recomputed(self) -> str:

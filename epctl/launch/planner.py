@@ -11,9 +11,9 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
-from epctl.config import RunConfig
+from epctl.config import Recompute, RunConfig
 from epctl.launch.cost import StepCost, step_cost
 from epctl.launch.cost_rates import Rates
 from epctl.launch.memory import Prediction, cpu_bytes, predict
@@ -24,7 +24,6 @@ from epctl.layout.model import ModelLayout
 
 # ZeRO-0 adds micro-steps up in bfloat16 and averages expert norms: only where it is asked for.
 STAGES = (1, 2, 3)
-CHECKPOINTING = ("none", "attention", "moe", "except_attention", "full")
 # `train.activation_checkpointing` and `moe.recompute`.
 Recomputed = tuple[str, str]
 # Tokens from which attention is kept: at 4,096 nothing was gained, at 32,768 5 % (an H200).
@@ -213,14 +212,14 @@ def _of_mesh(
 def _recompute_choices(request: Request) -> list[Recomputed]:
     """Returns what backward may make again, the choice that keeps least last."""
     fixed = request.fixed
-    modes: Iterable[str] = CHECKPOINTING
+    modes: Iterable[str]
     if "train.activation_checkpointing" in fixed:
         modes = (str(fixed["train.activation_checkpointing"]),)
     else:
         without = set() if request.shape.num_moe_layers else {"moe"}
         if request.base.train.sequence_length < LONG_SEQUENCE:
             without.add("except_attention")
-        modes = (mode for mode in CHECKPOINTING if mode not in without)
+        modes = (mode for mode in get_args(Recompute) if mode not in without)
     return [(mode, experts) for mode in modes for experts in _expert_choices(request, mode)]
 
 

@@ -5,7 +5,7 @@ leans on, and `tests/distributed/test_seams.py` holds each against ZeRO's own wa
 
 What ZeRO does there is right for any optimizer and any group of ranks, and takes passes over every
 gradient that change nothing where one rank alone holds a Parameter, as experts often are. Each
-function here takes such passes away and leaves the result.
+function here takes such passes away and leaves the result; `complete_offloaded` mends one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ def shorten_gradients(engine: Any, divide_gradients_by: Callable[[Tensor | None]
         divide_gradients_by: what the optimizer is told by, for clipping and unscaling.
     """
     zero = engine.optimizer
-    _complete_offloaded(zero)
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         _accumulate_whole_zero3(zero)
         _norm_at_once_zero3(zero)
@@ -200,7 +199,7 @@ def _accumulate(
 # --- gradients in host memory ------------------------------------------------------------------
 
 
-def _complete_offloaded(zero: Any) -> None:
+def complete_offloaded(engine: Any) -> None:
     """Has an offloading ZeRO step with the gradients of this step's micro-steps, all of them.
 
     It copies a gradient to the host in the last backward, if that reaches the Parameter: of one
@@ -210,6 +209,7 @@ def _complete_offloaded(zero: Any) -> None:
     `_finalize_cpu_offload_gradient_accumulation` of zero/stage_1_and_2.py); whom that does not
     find has a gradient of zero.
     """
+    zero = engine.optimizer
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) and zero.offload_optimizer:
         begin_step = zero._pre_step
 

@@ -19,7 +19,7 @@ from epctl.runtime.attention_logits import AttentionLogits
 from epctl.runtime.balance import set_up_balance
 from epctl.runtime.chunked_loss import limit_logits
 from epctl.runtime.data_batch import Batch
-from epctl.runtime.deepspeed_gradients import shorten_gradients
+from epctl.runtime.deepspeed_gradients import complete_offloaded, shorten_gradients
 from epctl.runtime.guards import StepGuard
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
@@ -73,6 +73,7 @@ def create_engine(
             dist_init_required=False,
         )
     optimizer = optimizers[-1]
+    complete_offloaded(engine)
     shorten_gradients(engine, optimizer.divide_gradients_by)
     optimizer.wire(seams.flat_partitions(engine), engine.device)
     interval = 1 if config.optim.qk_clip is not None else config.optim.attention_logit_interval

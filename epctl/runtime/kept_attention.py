@@ -27,58 +27,49 @@ KEPT_OPERATORS = (
     "aten::_efficient_attention_forward",
     "torch_attn::_varlen_attn",
 )
-# Names under which a model's config may have it.
-KEPT_IMPLEMENTATIONS = ("sdpa", "epctl_sequence")
 
 
-class KeptAttention:
+_mode: KeptAttention | None = None  # backward runs one recomputation at a time
+
+
+class KeptAttention(TorchDispatchMode):
     """Results of the attention operators in one forward of one recomputed layer."""
 
     def __init__(self) -> None:
-        self.results: list[tuple[str, Any]] = []
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """The context of the first forward."""
-        with _taking(_Record(self.results)):
-            yield
-
-    @contextlib.contextmanager
-    def replaying(self) -> Iterator[None]:
-        """The context of the recomputation: results come back in the order they were made in."""
-        with _taking(_Replay(self.results)):
-            yield
-
-
-class _Record(TorchDispatchMode):
-    def __init__(self, results: list[tuple[str, Any]]) -> None:
         super().__init__()
-        self.results = results
+        self.results: list[tuple[str, Any]] = []
+        self._replays = False
+
+    def recording(self) -> contextlib.AbstractContextManager[None]:
+        """The context of the first forward."""
+        return self._wanted(replays=False)
+
+    def replaying(self) -> contextlib.AbstractContextManager[None]:
+        """The context of the recomputation: results come back in the order they were made in."""
+        return self._wanted(replays=True)
+
+    @contextlib.contextmanager
+    def _wanted(self, *, replays: bool) -> Iterator[None]:
+        global _mode
+        before, _mode, self._replays = _mode, self, replays
+        try:
+            yield
+        finally:
+            _mode = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self._replays and _is_kept(func):
+            assert self.results, "a recomputation attends more often than its forward did"
+            name, result = self.results.pop(0)
+            assert name == func.name(), (name, func.name())
+            return result
         result = func(*args, **(kwargs or {}))
         if _is_kept(func):
             # Aliases without autograd's marks: these it sets on `result` itself, and its graph
             # would be held by what the graph holds.
             self.results.append((func.name(), tree_map(_detached, result)))
-        return result
-
-
-class _Replay(TorchDispatchMode):
-    def __init__(self, results: list[tuple[str, Any]]) -> None:
-        super().__init__()
-        self.results = results
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if not _is_kept(func):
-            return func(*args, **(kwargs or {}))
-        assert self.results, "a recomputation attends more often than its forward did"
-        name, result = self.results.pop(0)
-        assert name == func.name(), (name, func.name())
         return result
 
 
@@ -88,19 +79,6 @@ def _is_kept(func: Any) -> bool:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-_mode: _Record | _Replay | None = None  # backward runs one recomputation at a time
-
-
-@contextlib.contextmanager
-def _taking(mode: _Record | _Replay) -> Iterator[None]:
-    global _mode
-    before, _mode = _mode, mode
-    try:
-        yield
-    finally:
-        _mode = before
 
 
 def keeping(dropout: float) -> contextlib.AbstractContextManager[Any]:

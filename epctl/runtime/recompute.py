@@ -12,25 +12,21 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from epctl.config import RunConfig
+from epctl.config import WHOLE_LAYERS, Recompute, RunConfig
 from epctl.errors import ConfigError
 from epctl.runtime.decoder import decoder_layers
 from epctl.runtime.deepspeed_seams import AutoEPMoELayer
-from epctl.runtime.kept_attention import (
-    KEPT_IMPLEMENTATIONS,
-    KeptAttention,
-    register_kept_attention,
-)
+from epctl.runtime.kept_attention import KeptAttention, register_kept_attention
+from epctl.runtime.sequence.attention import DECODER_ATTENTION
 
-Mode = Literal["none", "attention", "moe", "except_attention", "full"]
-
-LAYERS: tuple[Mode, ...] = ("except_attention", "full")
+# Attention that can be kept, by its name in a model's config.
+KEPT_IMPLEMENTATIONS = ("sdpa", DECODER_ATTENTION)
 
 _depth = 0  # of recomputations under way; autograd runs them one at a time on a device's thread
 
@@ -76,20 +72,20 @@ def set_up_recomputation(model: nn.Module, config: RunConfig) -> None:
     Raises ConfigError if the model has no such part.
     """
     checkpoint_activations(model, config.train.activation_checkpointing)
-    if config.train.activation_checkpointing in LAYERS:
+    if config.train.activation_checkpointing in WHOLE_LAYERS:
         keep_last_layer(model)
     if config.moe.recompute == "activation":
         recompute_expert_activations(model)
 
 
-def checkpoint_activations(model: nn.Module, mode: Mode) -> int:
+def checkpoint_activations(model: nn.Module, mode: Recompute) -> int:
     """Makes backward recompute a part of each layer; returns how many modules are recomputed.
 
     Raises ConfigError if the model has no such part.
     """
     if mode == "none":
         return 0
-    if mode in LAYERS:
+    if mode in WHOLE_LAYERS:
         if mode == "except_attention":
             _warn_if_not_kept(model)
         return _checkpoint_layers(model, keeps_attention=mode == "except_attention")
@@ -135,7 +131,7 @@ def recompute_expert_activations(model: nn.Module) -> int:
     return len(found)
 
 
-def _is_part(name: str, module: nn.Module, mode: Mode) -> bool:
+def _is_part(name: str, module: nn.Module, mode: Recompute) -> bool:
     if mode == "moe":
         return isinstance(module, AutoEPMoELayer)
     return name.rpartition(".")[2] in ("self_attn", "linear_attn")

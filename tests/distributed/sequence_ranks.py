@@ -169,15 +169,6 @@ def mutated(name: str | None) -> Iterator[None]:
         yield
 
 
-def recompute(model: Any) -> None:
-    """Activation checkpointing of every block, tower and decoder; the method's name changed."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     dtype = getattr(torch, case.get("dtype", "float32"))
     model = build(case["model"], dtype=dtype, **case.get("changes", {}))
@@ -189,10 +180,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     if "ep" in case:
         sequence_engine.swap_experts(model, mesh_of(case))
         expected = sequence_engine.expected_here(expected, mesh_of(case))
-    if case.get("checkpointing") == "kept":
-        checkpoint_activations(model, "except_attention")
-    elif case.get("checkpointing"):
-        recompute(model)
+    if checkpointing := case.get("checkpointing"):
+        checkpoint_activations(model, "except_attention" if checkpointing == "kept" else "full")
     if "logits_bytes" in case:
         assert limit_logits(model, case["logits_bytes"]) is None
     parallel = parallelize(
