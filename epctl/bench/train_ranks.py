@@ -48,6 +48,7 @@ from epctl.runtime.worker import OUT_OF_MEMORY
 
 RED, FAILED = 7, 6
 NUM_BATCHES = 4  # tokens drawn beforehand and used in turn
+OPTIMIZER_STEPS = 3  # whose optimizer is timed by itself
 
 
 class Ranks:
@@ -181,9 +182,11 @@ class Visit:
             before=self._begin,
             after=self._note_peak,
         )
+        optimizer_seconds = self._optimizer_seconds(names[0])
         breakdown = self._profile(names[0]) if number == 0 and settings["profile"] else None
         return {
             "seconds": samples,
+            "optimizer_seconds": optimizer_seconds,
             "processor_seconds": self.processor,
             "losses": self.losses,
             "first_norm": self.norms[0],
@@ -216,7 +219,12 @@ class Visit:
         _reset_peak(self.device)
 
     def _clock(self, run: Run) -> float:
-        """Seconds of the slowest rank, all of them starting together."""
+        seconds, used = self._timed(run)
+        self.processor.setdefault(self._measured, []).append(used)
+        return seconds
+
+    def _timed(self, run: Run) -> tuple[float, float]:
+        """Returns wall and processor seconds of the slowest rank, all of them starting together."""
 
         def to_the_end() -> None:
             run()
@@ -227,8 +235,25 @@ class Visit:
         before = time.process_time()
         seconds = wall_clock(to_the_end)
         used = self._highest(time.process_time() - before)
-        self.processor.setdefault(self._measured, []).append(used)
-        return self._highest(seconds)
+        return self._highest(seconds), used
+
+    def _optimizer_seconds(self, name: str) -> list[float]:
+        """Returns seconds of `engine.step` a step, begun when every rank's backward is done.
+
+        Exchanges of gradients that ran under the backward pass are not in it.
+        """
+        engine, found = self.trainee.engine, list[float]()
+        step = engine.step
+
+        def timed() -> None:  # once a micro-step, of which the last steps
+            found[-1] += self._timed(step)[0]
+
+        engine.step = timed
+        for _ in range(OPTIMIZER_STEPS):
+            found.append(0.0)
+            self._run(name)()
+        del engine.step
+        return found
 
     def _note_peak(self, name: str, number: int, seconds: float) -> None:
         held = int(self._highest(_peak(self.device) - self.left_over))

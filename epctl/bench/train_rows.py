@@ -152,6 +152,7 @@ class _RowMaker:
         seconds = [value for visit in visits for value in visit["seconds"][routing]]
         used = [value for visit in visits for value in visit["processor_seconds"][routing]]
         rates = spread([self.tokens / value for value in seconds])
+        stepping = [value for visit in visits for value in visit["optimizer_seconds"]]
         tflops = self.flops * rates.median / 1e12
         row = self.case.facts() | {
             "routing": routing,
@@ -165,13 +166,16 @@ class _RowMaker:
             "timed_steps": float(len(seconds)),
             "build_seconds": min(visit["build_seconds"] for visit in visits),
         }
+        first = routing == next(iter(visits[0]["seconds"]))
+        if first:
+            row["optimizer_seconds"] = spread(stepping)._asdict()
         if self.vendor is not None:
             row["mfu_vendor"] = 1e12 * tflops / self.vendor
         peak = max(visit["peaks"][routing] for visit in visits)
         row |= self._memory(name, peak)
         # A dict: shares of a step are no metrics of their own.
         breakdown = next((v["breakdown"] for v in visits if v["breakdown"]), None)
-        if breakdown is not None and routing == next(iter(visits[0]["seconds"])):
+        if breakdown is not None and first:
             row["breakdown_ms"] = breakdown
         # Lists, so that wording is not part of a row's name.
         return row | {"notes": [visits[0]["note"]], "losses": visits[0]["losses"][routing],

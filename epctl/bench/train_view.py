@@ -23,6 +23,7 @@ COLUMNS = (
     ("tokens/s\na rank", "tokens_per_second"),
     ("TFLOP/s", "tflops"),
     ("MFU", "mfu"),
+    ("optim.\nms", "optimizer_seconds"),
     ("peak\nGiB", "peak_gib"),
     ("fore-\nseen", "memory_error"),
     ("x AutoEP\nspeed mem", "speed_over_deepspeed"),
@@ -107,6 +108,8 @@ def _cell(key: str, row: dict[str, Any]) -> str:
     if key == "tokens_per_second":
         half_range = (value["high"] - value["low"]) / 2 / value["median"]
         return f"{value['median']:,.0f} ±{half_range:.0%}"
+    if key == "optimizer_seconds":
+        return f"{1e3 * value['median']:,.0f}"
     form = FORMS.get(key)
     return form.format(value) if form else cell(value)
 

@@ -215,6 +215,7 @@ def visit(case: Case, name: str, number: int, **changes: Any) -> dict[str, Any]:
         "seconds": {"natural": [0.5 * slower], "balanced": [0.4 * slower]},
         "processor_seconds": {"natural": [0.5 * slower], "balanced": [0.4 * slower]},
         "losses": {"natural": [5.0, 4.9], "balanced": [4.9, 4.8]},
+        "optimizer_seconds": [0.1 * slower, 0.3 * slower, 0.2 * slower],
         "first_norm": 1.0,
         "peaks": {"natural": slower * 2**30, "balanced": slower * 2**30},
         "imbalance": {"natural": 3.0, "balanced": 1.0},
@@ -249,7 +250,10 @@ def test_rows_state_rates_memory_and_the_ratio_in_the_same_run() -> None:
     assert own["memory_over_deepspeed"] == 0.5
     assert own["memory_error"] == pytest.approx(own["predicted_gib"] / 1.0 - 1)
     assert own["breakdown_ms"]["compute"] == 2.0
+    assert own["optimizer_seconds"]["median"] == pytest.approx(0.2)
+    assert peer["optimizer_seconds"]["median"] == pytest.approx(0.4)
     assert "breakdown_ms" not in balanced
+    assert "optimizer_seconds" not in balanced
     assert "speed_over_deepspeed" not in peer
     assert all("gate" in row for row in (own, balanced, peer))
 
