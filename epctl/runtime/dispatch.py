@@ -8,6 +8,10 @@ A row carries its token, the local ids of the experts it is for (-1 where a choi
 rank, or was dropped) and their router weights. The expert side forms the weighted sum of a row, so
 the way back also moves one row a rank. Backward is the mirror of forward. The exchange of counts
 also says how many choices are coming: the experts take memory for those, not for K a row.
+
+The device idles from the counts until the first exchange has been started, so tokens leave before
+what is said of them. A recomputed layer knows its counts (replay.py) and does not wait at all, and
+is made again while the gradients of its results travel.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import Tensor
 from epctl.errors import ResourceError
 from epctl.kernels import TokenRows, add_rows, take_rows
 from epctl.kernels.row_messages import count_choices, write_messages
+from epctl.runtime.replay import found_once
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,11 @@ class RowSplits:
 
 
 class Dispatched(NamedTuple):
-    """Rows for this rank's experts, and what `combine` needs to send the results back."""
+    """Rows for this rank's experts, and what `combine` needs to send the results back.
+
+    Attributes:
+        prepare_backward: called in backward once gradients of the results are on their way.
+    """
 
     x_RD: Tensor
     experts_RK: Tensor
@@ -46,6 +55,7 @@ class Dispatched(NamedTuple):
     num_held: int
     tables: TokenRows
     splits: RowSplits
+    prepare_backward: Callable[[], None]
 
 
 def _all_to_all(rows: Tensor, splits: RowSplits) -> Tensor:
@@ -67,9 +77,12 @@ def _start(rows: Tensor, splits: RowSplits) -> tuple[Tensor, dist.Work]:
 class _Travel:
     """An exchange under way: one half of it starts it, the other waits and takes what came."""
 
-    def __init__(self, splits: RowSplits, is_kept: bool) -> None:
+    def __init__(
+        self, splits: RowSplits, is_kept: bool, in_backward: Callable[[], None] | None = None
+    ) -> None:
         self.splits = splits
         self.is_kept = is_kept
+        self.in_backward = in_backward
         self.under_way: tuple[Tensor, dist.Work] | None = None
 
     def start(self, rows: Tensor, splits: RowSplits) -> None:
@@ -94,6 +107,8 @@ class _StartExchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        if ctx.travel.in_backward is not None:
+            ctx.travel.in_backward()
         return ctx.travel.arrive(), None
 
 
@@ -117,29 +132,36 @@ def exchange_rows(
     rows: Tensor,
     splits: RowSplits,
     meanwhile: Callable[[], None] | None = None,
-    *,
-    is_kept: bool = False,
 ) -> Tensor:
     """Returns the rows sent to this rank, in the order of their source ranks; differentiable.
 
     Args:
         meanwhile: called while rows travel; its backward too runs while gradients travel back.
-        is_kept: keep what arrives for backward, so that a recomputation ends after this exchange
-            on every rank, and never before it on one: it ends with the last tensor that is kept,
-            and a rank that no row reaches may keep none behind it.
     """
-    finish = start_exchange(rows, splits, is_kept)
+    finish = start_exchange(rows, splits)
     if meanwhile is not None:
         meanwhile()
     return finish()
 
 
-def start_exchange(rows: Tensor, splits: RowSplits, is_kept: bool = False) -> Callable[[], Tensor]:
+def start_exchange(
+    rows: Tensor,
+    splits: RowSplits,
+    *,
+    is_kept: bool = False,
+    in_backward: Callable[[], None] | None = None,
+) -> Callable[[], Tensor]:
     """Sends rows on their way; what it returns waits for those that come, differentiable.
 
     Backward goes the other way round: what was computed meanwhile goes back while gradients do.
+
+    Args:
+        is_kept: keep what arrives for backward, so that a recomputation ends after this exchange
+            on every rank, and never before it on one: it ends with the last tensor that is kept,
+            and a rank that no row reaches may keep none behind it.
+        in_backward: called while gradients travel, before they are waited for.
     """
-    travel = _Travel(splits, is_kept)
+    travel = _Travel(splits, is_kept, in_backward)
     started = _StartExchange.apply(rows, travel)  # type: ignore[no-untyped-call]
 
     def finish() -> Tensor:
@@ -148,52 +170,111 @@ def start_exchange(rows: Tensor, splits: RowSplits, is_kept: bool = False) -> Ca
     return finish
 
 
-class _ExchangeChoices(torch.autograd.Function):
+class _StartChoices(torch.autograd.Function):
     """Ids and weights of a row's choices travel in one message, as 2K integers of 4 bytes."""
 
     @staticmethod
     def forward(
-        ctx: Any, weights_TK: Tensor, message_SC: Tensor, tables: TokenRows, splits: RowSplits
-    ) -> tuple[Tensor, Tensor]:
-        ctx.tables, ctx.splits = tables, splits
-        experts_RK, bits_RK = _all_to_all(message_SC, splits).chunk(2, dim=1)
+        ctx: Any, weights_TK: Tensor, message_SC: Tensor, tables: TokenRows, travel: _Travel
+    ) -> Tensor:
+        ctx.tables, ctx.travel = tables, travel
+        travel.start(message_SC, travel.splits)
+        # Its values are read by nobody: what is waited for is the message.
+        return weights_TK.new_empty(1).expand(len(message_SC), weights_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return add_rows(ctx.travel.arrive(), ctx.tables), None, None, None
+
+
+class _FinishChoices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, started_SK: Tensor, travel: _Travel) -> tuple[Tensor, Tensor]:
+        ctx.travel, ctx.sent_shape = travel, started_SK.shape
+        experts_RK, bits_RK = travel.arrive().chunk(2, dim=1)
         experts_RK = experts_RK.contiguous()
         ctx.mark_non_differentiable(experts_RK)
         return experts_RK, bits_RK.contiguous().view(torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        dweights_SK = _all_to_all(gradients[1], ctx.splits.reversed())
-        return add_rows(dweights_SK, ctx.tables), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.travel.start(gradients[1], ctx.travel.splits.reversed())
+        return gradients[1].new_empty(1).expand(ctx.sent_shape), None
 
 
-def exchange_choices(
+def start_choices(
     weights_TK: Tensor, message_SC: Tensor, tables: TokenRows, splits: RowSplits
-) -> tuple[Tensor, Tensor]:
-    """Returns int32 ids and float32 weights of the rows sent here; differentiable in weights.
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Sends what is said of rows; what it returns waits for what is said of those that come.
+
+    That are int32 ids and float32 weights; differentiable in weights, the way back as in
+    `start_exchange`.
 
     Args:
         weights_TK: whose bits are in the messages.
         message_SC: as `write_messages` makes them.
     """
-    return cast(
-        tuple[Tensor, Tensor],
-        _ExchangeChoices.apply(weights_TK, message_SC, tables, splits),  # type: ignore[no-untyped-call]
-    )
+    travel = _Travel(splits, is_kept=False)
+    started: Tensor = _StartChoices.apply(weights_TK, message_SC, tables, travel)  # type: ignore[no-untyped-call]
+
+    def finish() -> tuple[Tensor, Tensor]:
+        choices = _FinishChoices.apply(started, travel)  # type: ignore[no-untyped-call]
+        return cast(tuple[Tensor, Tensor], choices)
+
+    return finish
+
+
+class _Recall(torch.autograd.Function):
+    """Passes `x` on; what it saves brings a recomputation about when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, recalled: list[Any]) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0))
+        recalled.append(ctx)  # the way back holds it, and it nothing of the way back
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def recallable(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Returns `x`, and what makes the checkpointed layer around it again, in backward.
+
+    Elsewhere than in a layer to recompute the call does nothing.
+    """
+    recalled: list[Any] = []
+    x = cast(Tensor, _Recall.apply(x, recalled))  # type: ignore[no-untyped-call]
+
+    def recall() -> None:
+        while recalled:
+            _ = recalled.pop().saved_tensors
+
+    return x, recall
 
 
 def exchange_counts(sent_P2: Tensor, group: dist.ProcessGroup) -> tuple[RowSplits, int]:
     """Tells every rank how many rows come from whom: one exchange, one host synchronisation.
+
+    A recomputation does neither: its forward knew.
 
     Args:
         sent_P2: how many rows and how many choices go to each rank.
 
     Returns the rows, and how many choices are coming to this rank's experts.
     """
-    received_P2 = torch.empty_like(sent_P2)
-    dist.all_to_all_single(received_P2, sent_P2, group=group)
-    (sent, _), (received, held) = torch.stack((sent_P2, received_P2)).transpose(1, 2).tolist()
-    return RowSplits(sent, received, group), sum(held)
+
+    def exchange() -> tuple[RowSplits, int, Tensor]:
+        received_P2 = torch.empty_like(sent_P2)
+        dist.all_to_all_single(received_P2, sent_P2, group=group)
+        (sent, _), (received, held) = torch.stack((sent_P2, received_P2)).transpose(1, 2).tolist()
+        return RowSplits(sent, received, group), sum(held), sent_P2
+
+    (splits, num_held, counted_P2), is_replayed = found_once(exchange)
+    if is_replayed:
+        same = (counted_P2 == sent_P2).all()
+        torch._assert_async(same, "a recomputed router chose other experts than its forward")
+    return splits, num_held
 
 
 def _require_room(splits: RowSplits, max_rows: int | None, num_tokens: int) -> None:
@@ -234,9 +315,14 @@ def dispatch(
     tables, message_SC = write_messages(
         experts_TK, weights_TK, choices, num_local_experts, sum(splits.sent)
     )
-    experts_RK, weights_RK = exchange_choices(weights_TK, message_SC, tables, splits)
-    x_RD = exchange_rows(take_rows(x_TD, tables), splits, meanwhile, is_kept=True)
-    return Dispatched(x_RD, experts_RK, weights_RK, num_held, tables, splits)
+    rows_SD, recall = recallable(take_rows(x_TD, tables))
+    finish_rows = start_exchange(rows_SD, splits, is_kept=True)
+    finish_choices = start_choices(weights_TK, message_SC, tables, splits)
+    if meanwhile is not None:
+        meanwhile()
+    experts_RK, weights_RK = finish_choices()
+    x_RD = finish_rows()
+    return Dispatched(x_RD, experts_RK, weights_RK, num_held, tables, splits, recall)
 
 
 def combine(y_RD: Tensor, sent: Dispatched) -> Tensor:
@@ -244,4 +330,5 @@ def combine(y_RD: Tensor, sent: Dispatched) -> Tensor:
 
     The few partial sums of a token are added in float32.
     """
-    return add_rows(exchange_rows(y_RD, sent.splits.reversed()), sent.tables)
+    finish = start_exchange(y_RD, sent.splits.reversed(), in_backward=sent.prepare_backward)
+    return add_rows(finish(), sent.tables)

@@ -23,6 +23,7 @@ from epctl.errors import ConfigError
 from epctl.runtime.decoder import decoder_layers
 from epctl.runtime.deepspeed_seams import AutoEPMoELayer
 from epctl.runtime.kept_attention import KeptAttention, register_kept_attention
+from epctl.runtime.replay import Findings
 from epctl.runtime.sequence.attention import DECODER_ATTENTION
 
 # Attention that can be kept, by its name in a model's config.
@@ -48,7 +49,14 @@ def _recomputation() -> Iterator[None]:
 
 def _contexts() -> tuple[Any, Any]:
     """The context of the first forward and of the recomputation, as `checkpoint` wants them."""
-    return contextlib.nullcontext(), _recomputation()
+    findings = Findings()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with _recomputation(), findings.replaying():
+            yield
+
+    return findings.recording(), again()
 
 
 OPTIONS: dict[str, Any] = {"use_reentrant": False, "context_fn": _contexts}
@@ -57,13 +65,14 @@ OPTIONS: dict[str, Any] = {"use_reentrant": False, "context_fn": _contexts}
 def _keeping_contexts() -> tuple[Any, Any]:
     """As `_contexts`, of a layer that keeps what its attention computed."""
     kept = KeptAttention()
+    first, second = _contexts()
+    return _both(first, kept.recording()), _both(second, kept.replaying())
 
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        with _recomputation(), kept.replaying():
-            yield
 
-    return kept.recording(), again()
+@contextlib.contextmanager
+def _both(outer: Any, inner: Any) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def set_up_recomputation(model: nn.Module, config: RunConfig) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from host_reads import READING_METHODS, HostReads
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from epctl.errors import ResourceError
 from epctl.kernels.row_messages import choices_by_rank
 from epctl.runtime import dispatch
 from epctl.runtime.dispatch import RowSplits
+from epctl.runtime.recompute import OPTIONS, recomputing
 
 # Moonlight: rows of 2048 bfloat16, top-6 of 64; a row's metadata is 6 int32 ids, 6 float32 weights.
 HIDDEN_BYTES, TOP_K, NUM_EXPERTS = 2048 * 2, 6, 64
@@ -61,23 +63,122 @@ def alone() -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-def test_the_host_waits_once_a_layer(
-    alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For the counts, which say how much memory to take; forward, the way back and backward."""
+@pytest.fixture
+def host_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What makes the host wait, by the method of a tensor that does so."""
     read: list[str] = []
     for name in READING_METHODS:
         own = getattr(Tensor, name)
         monkeypatch.setattr(
             Tensor, name, lambda *a, name=name, own=own: read.append(name) or own(*a)
         )
-    x_TD = torch.randn(9, 16, requires_grad=True)
-    weights_TK = torch.rand(9, 3, requires_grad=True)
-    experts_TK = torch.rand(9, 8).topk(3).indices
+    return read
+
+
+def inputs(num_tokens: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, router weights and experts."""
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(num_tokens, 16, generator=generator, requires_grad=True)
+    weights_TK = torch.rand(num_tokens, 3, generator=generator, requires_grad=True)
+    return x_TD, weights_TK, torch.rand(num_tokens, 8, generator=generator).topk(3).indices
+
+
+def layer(group: dist.ProcessGroup, events: list[str]) -> Callable[..., Tensor]:
+    """There and back; experts scale rows, and note when they do."""
+
+    def run(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        events.append("again" if recomputing() else "forward")
+        sent = dispatch.dispatch(
+            x_TD.tanh(), experts_TK, weights_TK, 8, group, meanwhile=lambda: events.append("shared")
+        )
+        y_RD = sent.x_RD.sin() * sent.weights_RK.sum(dim=1, keepdim=True)
+        return dispatch.combine(y_RD, sent)
+
+    return run
+
+
+def test_the_host_waits_once_a_layer(alone: dist.ProcessGroup, host_reads: list[str]) -> None:
+    """For the counts, which say how much memory to take; forward, the way back and backward."""
+    x_TD, weights_TK, experts_TK = inputs()
     with HostReads() as reads:
-        sent = dispatch.dispatch(x_TD, experts_TK, weights_TK, 8, alone)
-        y_RD = sent.x_RD * sent.weights_RK.sum(dim=1, keepdim=True)
-        dispatch.combine(y_RD, sent).backward(torch.ones(9, 16))
-    assert [*read, *reads.found] == ["tolist"]
+        layer(alone, [])(x_TD, weights_TK, experts_TK).backward(torch.ones(9, 16))
+    assert [*host_reads, *reads.found] == ["tolist"]
     assert x_TD.grad is not None
     assert weights_TK.grad is not None
+
+
+def test_a_recomputed_layer_does_not_wait_again(
+    alone: dist.ProcessGroup, host_reads: list[str]
+) -> None:
+    expected = inputs()
+    layer(alone, [])(*expected).square().sum().backward()
+    events: list[str] = []
+    found = inputs()
+    checkpoint(layer(alone, events), *found, **OPTIONS).square().sum().backward()
+    assert host_reads == ["tolist"] * 2  # one a forward
+    assert events == ["forward", "shared", "again", "shared"]
+    for one, other in zip(expected[:2], found[:2], strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_a_router_that_chooses_otherwise_in_recomputation_is_told(
+    alone: dist.ProcessGroup,
+) -> None:
+    def dropping(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        if recomputing():
+            experts_TK = experts_TK.masked_fill(experts_TK == experts_TK[0, 0], -1)
+        return layer(alone, [])(x_TD, weights_TK, experts_TK)
+
+    y_TD = checkpoint(dropping, *inputs(), **OPTIONS)
+    with pytest.raises(RuntimeError, match="chose other experts"):
+        y_TD.sum().backward()
+
+
+@pytest.fixture
+def travels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every exchange, as what is sent leaves and as what comes is waited for."""
+    events: list[str] = []
+
+    class Waited:
+        def __init__(self, what: str, work: dist.Work) -> None:
+            self.what, self.work = what, work
+
+        def wait(self) -> None:
+            events.append(f"{self.what} there")
+            self.work.wait()
+
+    def start(rows: Tensor, splits: RowSplits) -> tuple[Tensor, Waited]:
+        what = "rows" if rows.shape[1] == 16 else "choices"
+        events.append(f"{what} leave")
+        received, work = own(rows, splits)
+        return received, Waited(what, work)
+
+    own = dispatch._start
+    monkeypatch.setattr(dispatch, "_start", start)
+    return events
+
+
+def test_tokens_leave_first_and_gradients_travel_under_the_recomputation(
+    alone: dist.ProcessGroup, travels: list[str]
+) -> None:
+    y_TD = checkpoint(layer(alone, travels), *inputs(), **OPTIONS)
+    there = ["rows leave", "choices leave", "shared", "choices there", "rows there"]
+    results = ["rows leave", "rows there"]
+    assert travels == ["forward", *there, *results]
+    travels.clear()
+    y_TD.sum().backward()
+    gradients = ["rows leave", "choices leave", "choices there", "rows there"]
+    assert travels == ["rows leave", "again", *there, "rows there", *gradients]
+
+
+def test_tokens_that_want_no_gradient(alone: dist.ProcessGroup) -> None:
+    """The first layer of a model whose embedding is frozen: no way back, weights go on learning."""
+    x_TD, weights_TK, experts_TK = inputs()
+    y_TD = checkpoint(layer(alone, []), x_TD.detach(), weights_TK, experts_TK, **OPTIONS)
+    y_TD.sum().backward()
+    expected = inputs()
+    layer(alone, [])(*expected).sum().backward()
+    assert weights_TK.grad is not None
+    assert torch.equal(weights_TK.grad, expected[1].grad)  # type: ignore[arg-type]
