@@ -98,17 +98,46 @@ def mix_momentum_(
         gradient_P.copy_(average.view_as(gradient_P))
 
 
+def mix_matrices_(
+    gradient_BMN: Tensor,
+    buffer_BMN: Tensor,
+    momentum: float,
+    *,
+    nesterov: bool,
+    divisor: Tensor | None = None,
+    implementation: Implementation = "torch",
+) -> Tensor | None:
+    """As `mix_momentum_`, of whole matrices; returns what spares `normalize_into` a pass, if any.
+
+    That are sums of squares of each direction's blocks, float64, added up while they are written.
+    """
+    if divisor is not None:
+        divisor = divisor.to(gradient_BMN.device)
+    if implementation == "triton":
+        squares_BS: Tensor = _triton().mix_matrices_(
+            gradient_BMN, buffer_BMN, momentum, nesterov=nesterov, divisor=divisor
+        )
+        return squares_BS
+    mix_momentum_(gradient_BMN, buffer_BMN, momentum, nesterov=nesterov, divisor=divisor)
+    return None
+
+
 def normalize_into(
-    x_BMN: Tensor, out_BMN: Tensor, *, implementation: Implementation = "torch"
+    x_BMN: Tensor,
+    out_BMN: Tensor,
+    *,
+    squares_BS: Tensor | None = None,
+    implementation: Implementation = "torch",
 ) -> None:
     """Writes each matrix over its Frobenius norm, an exactly zero one as zero.
 
     Args:
         x_BMN: any floating dtype, contiguous; for torch on any device.
         out_BMN: of the iteration's dtype, contiguous; cast after the division.
+        squares_BS: of the same matrices, by `mix_matrices_`.
     """
     if implementation == "triton" and x_BMN.device == out_BMN.device:
-        _triton().normalize_into(x_BMN, out_BMN)
+        _triton().normalize_into(x_BMN, out_BMN, squares_BS)
         return
     size = max(1, PART_ELEMENTS // max(1, x_BMN.shape[1] * x_BMN.shape[2]))
     for part, out in zip(torch.split(x_BMN, size), torch.split(out_BMN, size), strict=True):
@@ -122,6 +151,7 @@ def apply_update_(
     rate: float,
     scale: float,
     decay: float,
+    copy_P: Tensor | None = None,
     implementation: Implementation = "torch",
 ) -> None:
     """Makes `weight` `(1 - rate * decay) * weight - rate * scale * update`, in float32, in place.
@@ -129,10 +159,15 @@ def apply_update_(
     Args:
         weight_P: the float32 master (or a bfloat16 one, rounded once by Triton).
         update_P: as many orthogonalised elements, of any floating dtype; for torch on any device.
+        copy_P: gets the new weight too, rounded to its dtype.
     """
     if implementation == "triton" and weight_P.device == update_P.device:
-        _triton().apply_update_(weight_P, update_P, rate=rate, scale=scale, decay=decay)
+        _triton().apply_update_(
+            weight_P, update_P, rate=rate, scale=scale, decay=decay, copy_P=copy_P
+        )
         return
     # Two launches a piece and no float32 copy: there are hundreds of pieces at ZeRO-3.
     update = update_P.to(weight_P.device)
     weight_P.mul_(1 - rate * decay).add_(update, alpha=-rate * scale)
+    if copy_P is not None:
+        copy_P.copy_(weight_P)

@@ -1,7 +1,7 @@
 """Muon's passes over memory around the iteration, in Triton: each reads and writes once.
 
-Shape suffixes: B matrices of a batch, M rows, N columns, P elements of a flat tensor, S spans that
-a matrix is cut into for its norm.
+A program has one block of one matrix; a flat tensor is a matrix. Shape suffixes: B matrices of a
+batch, M rows, N columns, P elements of a flat tensor, S blocks that a matrix is cut into.
 """
 
 # Triton gives its kernels no types.
@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epctl.kernels.launch import ceil_div, launch, next_power_of_2
+from epctl.kernels.launch import ceil_div, launch
 
-BLOCK = 2048  # elements of one step of a program
-SPAN = 16 * BLOCK  # elements of a matrix whose squares one program adds up
+BLOCK = 2048  # elements of a program
 NUM_WARPS = 8
 
 
@@ -30,44 +29,82 @@ def mix_momentum_(
     divisor: Tensor | None = None,
 ) -> None:
     """See `muon_passes.mix_momentum_`."""
-    num_elements = gradient_P.numel()
-    if num_elements == 0:
+    _mix_(gradient_P, buffer_P, momentum, 1, nesterov, divisor, None)
+
+
+def mix_matrices_(
+    gradient_BMN: Tensor,
+    buffer_BMN: Tensor,
+    momentum: float,
+    *,
+    nesterov: bool,
+    divisor: Tensor | None = None,
+) -> Tensor:
+    """See `muon_passes.mix_matrices_`."""
+    squares_BS = _empty_squares(gradient_BMN)
+    _mix_(gradient_BMN, buffer_BMN, momentum, len(gradient_BMN), nesterov, divisor, squares_BS)
+    return squares_BS
+
+
+def _mix_(
+    gradient: Tensor,
+    buffer: Tensor,
+    momentum: float,
+    num_matrices: int,
+    nesterov: bool,
+    divisor: Tensor | None,
+    squares_BS: Tensor | None,
+) -> None:
+    if gradient.numel() == 0:
         return
+    size = gradient.numel() // num_matrices
+    num_blocks = ceil_div(size, BLOCK)
     launch(
-        _mix_kernel, (ceil_div(num_elements, BLOCK),),
-        gradient_P, buffer_P, gradient_P if divisor is None else divisor, num_elements, momentum,
-        HAS_DIVISOR=divisor is not None, NESTEROV=nesterov, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        _mix_kernel, (num_matrices * num_blocks,),
+        gradient, buffer, gradient if divisor is None else divisor,
+        gradient if squares_BS is None else squares_BS, size, num_blocks, momentum,
+        HAS_DIVISOR=divisor is not None, NESTEROV=nesterov, HAS_SQUARES=squares_BS is not None,
+        BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
-def normalize_into(x_BMN: Tensor, out_BMN: Tensor) -> None:
+def _empty_squares(x_BMN: Tensor) -> Tensor:
+    num_blocks = ceil_div(x_BMN.shape[1] * x_BMN.shape[2], BLOCK)
+    return x_BMN.new_empty(x_BMN.shape[0], num_blocks, dtype=torch.float64)
+
+
+def normalize_into(x_BMN: Tensor, out_BMN: Tensor, squares_BS: Tensor | None = None) -> None:
     """See `muon_passes.normalize_into`."""
     num_matrices, size = x_BMN.shape[0], x_BMN.shape[1] * x_BMN.shape[2]
     if x_BMN.numel() == 0:
         return
-    num_spans = ceil_div(size, SPAN)
-    squares_BS = torch.empty(num_matrices, num_spans, dtype=torch.float64, device=x_BMN.device)
-    grid = (num_matrices, num_spans)  # only the first may be more than 65,535
+    num_blocks = ceil_div(size, BLOCK)
+    grid = (num_matrices * num_blocks,)
+    if squares_BS is None:
+        squares_BS = _empty_squares(x_BMN)
+        launch(
+            _squares_kernel, grid,
+            x_BMN, squares_BS, size, num_blocks, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    inverse_B = torch.empty(num_matrices, dtype=torch.float64, device=x_BMN.device)
     launch(
-        _squares_kernel,
-        grid,
-        x_BMN,
-        squares_BS,
-        size,
-        num_spans,
-        SPAN=SPAN,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+        _inverse_kernel, (num_matrices,),
+        squares_BS, inverse_B, num_blocks, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
     launch(
         _normalize_kernel, grid,
-        x_BMN, squares_BS, out_BMN, size, num_spans,
-        SPAN=SPAN, BLOCK=BLOCK, NUM_SPANS=next_power_of_2(num_spans), num_warps=NUM_WARPS,
+        x_BMN, inverse_B, out_BMN, size, num_blocks, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
 def apply_update_(
-    weight_P: Tensor, update_P: Tensor, *, rate: float, scale: float, decay: float
+    weight_P: Tensor,
+    update_P: Tensor,
+    *,
+    rate: float,
+    scale: float,
+    decay: float,
+    copy_P: Tensor | None = None,
 ) -> None:
     """See `muon_passes.apply_update_`."""
     num_elements = weight_P.numel()
@@ -75,9 +112,18 @@ def apply_update_(
         return
     launch(
         _apply_kernel, (ceil_div(num_elements, BLOCK),),
-        weight_P, update_P, num_elements, 1 - rate * decay, rate * scale, BLOCK=BLOCK,
+        weight_P, update_P, weight_P if copy_P is None else copy_P, num_elements,
+        1 - rate * decay, rate * scale, HAS_COPY=copy_P is not None, BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+@triton.jit
+def _place(size, num_blocks, BLOCK: tl.constexpr):
+    """The matrix of a program, where its elements are, and which of them are of that matrix."""
+    matrix = tl.program_id(0) // num_blocks
+    within = (tl.program_id(0) % num_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return matrix, matrix.to(tl.int64) * size + within, within < size
 
 
 @triton.jit
@@ -85,14 +131,16 @@ def _mix_kernel(
     gradient_ptr,
     buffer_ptr,
     divisor_ptr,
-    num_elements,
+    squares_ptr,
+    size,
+    num_blocks,
     momentum,
     HAS_DIVISOR: tl.constexpr,
     NESTEROV: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < num_elements
+    _, at, inside = _place(size, num_blocks, BLOCK)
     gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_DIVISOR:
         gradient /= tl.load(divisor_ptr)
@@ -103,54 +151,61 @@ def _mix_kernel(
     if NESTEROV:
         direction = average - (average - gradient) * (1 - momentum)
     tl.store(gradient_ptr + at, direction, mask=inside)
+    if HAS_SQUARES:
+        _store_squares(squares_ptr, direction)
 
 
 @triton.jit
-def _squares_kernel(x_ptr, squares_ptr, size, num_spans, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+def _store_squares(squares_ptr, x):
     """Adds up squares in float64, where those of no float32 overflow or underflow."""
-    matrix = tl.program_id(0).to(tl.int64)
-    span = tl.program_id(1)
-    x_ptr += matrix * size
+    wide = x.to(tl.float64)
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(wide * wide))
+
+
+@triton.jit
+def _squares_kernel(x_ptr, squares_ptr, size, num_blocks, BLOCK: tl.constexpr):
+    _, at, inside = _place(size, num_blocks, BLOCK)
+    _store_squares(squares_ptr, tl.load(x_ptr + at, mask=inside, other=0.0))
+
+
+@triton.jit
+def _inverse_kernel(squares_ptr, inverse_ptr, num_blocks, BLOCK: tl.constexpr):
+    """One over the norm of a matrix, in float64: that of a tiny norm does not fit in float32."""
+    squares_ptr += tl.program_id(0).to(tl.int64) * num_blocks
     total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for first in range(0, SPAN, BLOCK):
-        at = span * SPAN + first + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float64)
-        total += x * x
-    tl.store(squares_ptr + matrix * num_spans + span, tl.sum(total))
+    for first in range(0, num_blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        total += tl.load(squares_ptr + block, mask=block < num_blocks, other=0.0)
+    norm = tl.sqrt(tl.sum(total))
+    # An exactly zero matrix stays zero.
+    tl.store(inverse_ptr + tl.program_id(0), 1.0 / tl.where(norm > 0, norm, 1.0))
 
 
 @triton.jit
-def _normalize_kernel(
-    x_ptr,
-    squares_ptr,
-    out_ptr,
-    size,
-    num_spans,
-    SPAN: tl.constexpr,
+def _normalize_kernel(x_ptr, inverse_ptr, out_ptr, size, num_blocks, BLOCK: tl.constexpr):
+    matrix, at, inside = _place(size, num_blocks, BLOCK)
+    inverse = tl.load(inverse_ptr + matrix)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float64)
+    normal = (x * inverse).to(tl.float32)
+    tl.store(out_ptr + at, normal.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _apply_kernel(
+    weight_ptr,
+    update_ptr,
+    copy_ptr,
+    num_elements,
+    kept,
+    rate,
+    HAS_COPY: tl.constexpr,
     BLOCK: tl.constexpr,
-    NUM_SPANS: tl.constexpr,
 ):
-    matrix = tl.program_id(0).to(tl.int64)
-    span = tl.program_id(1)
-    lane = tl.arange(0, NUM_SPANS)
-    squares = tl.load(squares_ptr + matrix * num_spans + lane, mask=lane < num_spans, other=0.0)
-    norm = tl.sqrt(tl.sum(squares))
-    # An exactly zero matrix stays zero; the inverse of a tiny norm does not fit in float32.
-    inverse = 1.0 / tl.where(norm > 0, norm, 1.0)
-    x_ptr += matrix * size
-    out_ptr += matrix * size
-    for first in range(0, SPAN, BLOCK):
-        at = span * SPAN + first + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float64)
-        normal = (x * inverse).to(tl.float32)
-        tl.store(out_ptr + at, normal.to(out_ptr.dtype.element_ty), mask=at < size)
-
-
-@triton.jit
-def _apply_kernel(weight_ptr, update_ptr, num_elements, kept, rate, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_elements
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     update = tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    weight = weight * kept - rate * update
-    tl.store(weight_ptr + at, weight.to(weight_ptr.dtype.element_ty), mask=inside)
+    weight = (weight * kept - rate * update).to(weight_ptr.dtype.element_ty)
+    tl.store(weight_ptr + at, weight, mask=inside)
+    if HAS_COPY:
+        tl.store(copy_ptr + at, weight.to(copy_ptr.dtype.element_ty), mask=inside)

@@ -20,6 +20,7 @@ from epctl.runtime.balance import set_up_balance
 from epctl.runtime.chunked_loss import limit_logits
 from epctl.runtime.data_batch import Batch
 from epctl.runtime.deepspeed_gradients import complete_offloaded, shorten_gradients
+from epctl.runtime.deepspeed_step import weights_written_by_optimizer
 from epctl.runtime.guards import StepGuard
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
@@ -75,7 +76,8 @@ def create_engine(
     optimizer = optimizers[-1]
     complete_offloaded(engine)
     shorten_gradients(engine, optimizer.divide_gradients_by)
-    optimizer.wire(seams.flat_partitions(engine), engine.device)
+    copies = weights_written_by_optimizer(engine)
+    optimizer.wire(seams.flat_partitions(engine), engine.device, copies)
     interval = 1 if config.optim.qk_clip is not None else config.optim.attention_logit_interval
     if interval:
         optimizer.attention_logits = AttentionLogits(engine.module, interval)

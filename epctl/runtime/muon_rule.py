@@ -14,6 +14,7 @@ from epctl.kernels.muon_passes import (
     Kernels,
     apply_update_,
     choose_passes,
+    mix_matrices_,
     mix_momentum_,
     normalize_into,
 )
@@ -58,9 +59,23 @@ class MuonRule:
             implementation=self.passes(gradient.device),
         )  # fmt: skip
 
-    def normalize_into(self, direction_BMN: Tensor, out_BMN: Tensor) -> None:
+    def mix_matrices_(
+        self, gradient_BMN: Tensor, buffer_BMN: Tensor, divisor: Tensor | None = None
+    ) -> Tensor | None:
+        """As `mix_momentum_`, of whole matrices; returns their squares where they cost nothing."""
+        return mix_matrices_(
+            gradient_BMN, buffer_BMN, self.momentum, nesterov=self.nesterov, divisor=divisor,
+            implementation=self.passes(gradient_BMN.device),
+        )  # fmt: skip
+
+    def normalize_into(
+        self, direction_BMN: Tensor, out_BMN: Tensor, squares_BS: Tensor | None = None
+    ) -> None:
         """Writes each matrix with norm one, in the dtype of the iteration."""
-        normalize_into(direction_BMN, out_BMN, implementation=self.passes(out_BMN.device))
+        normalize_into(
+            direction_BMN, out_BMN, squares_BS=squares_BS,
+            implementation=self.passes(out_BMN.device),
+        )  # fmt: skip
 
     def orthogonalize_(self, normal_BMN: Tensor) -> None:
         """Replaces matrices of norm one by their orthogonal factors, not scaled, in place."""
@@ -77,12 +92,22 @@ class MuonRule:
         )
 
     def apply_(
-        self, weight: Tensor, factor: Tensor, shape: tuple[int, int], rate: float, decay: float
+        self,
+        weight: Tensor,
+        factor: Tensor,
+        shape: tuple[int, int],
+        rate: float,
+        decay: float,
+        copy: Tensor | None = None,
     ) -> None:
-        """Decays `weight` and takes the step along orthogonal factors of a shape, in place."""
+        """Decays `weight` and takes the step along orthogonal factors of a shape, in place.
+
+        Args:
+            copy: gets the new weight too, in its own dtype.
+        """
         apply_update_(
             weight, factor, rate=rate, scale=update_scale(*shape, self.scale), decay=decay,
-            implementation=self.passes(weight.device),
+            copy_P=copy, implementation=self.passes(weight.device),
         )  # fmt: skip
 
     def passes(self, device: torch.device) -> Implementation:

@@ -9,7 +9,7 @@ masters are in host memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from epctl.runtime.muon_exchange import (
 from epctl.runtime.muon_plan import MuonUnit
 from epctl.runtime.muon_rule import MuonRule
 
+# Elements from which on reading a run again takes longer than launching a kernel of its own.
+LARGE = 2**22
+
 
 @dataclass
 class UnitStep:
@@ -37,6 +40,8 @@ class UnitStep:
         gradients: flat float32 tensors that are turned into directions in place.
         buffers: momentum.
         divisor: of the gradients, one element; None is one.
+        copies: what the model computes with, written with the masters; None for none at all.
+        squares: of directions, by the id of their run, once they are mixed.
     """
 
     unit: MuonUnit
@@ -45,6 +50,13 @@ class UnitStep:
     rates: list[float]
     decays: list[float]
     divisor: Tensor | None = None
+    copies: list[Tensor | None] | None = None
+    squares: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def copy_of(self, tensor: int, offset: int, num_elements: int) -> Tensor | None:
+        """Returns the elements of a copy that a master's at `offset` go to, if there is one."""
+        copy = None if self.copies is None else self.copies[tensor]
+        return None if copy is None else copy.view(-1).narrow(0, offset, num_elements)
 
 
 def step_units(steps: Sequence[UnitStep], rule: MuonRule, device: torch.device) -> None:
@@ -78,11 +90,28 @@ def _start(
     steps: Sequence[UnitStep], rule: MuonRule, device: torch.device
 ) -> Iterator[tuple[UnitStep, Chunk, SlicesToOwners]]:
     for step in steps:
-        for gradient, buffer in zip(step.gradients, step.buffers, strict=True):
-            rule.mix_momentum_(gradient, buffer, step.divisor)
+        step.squares = _mix(step, rule)
         group = step.unit.process_group
         for chunk in step.unit.chunks:
             yield step, chunk, SlicesToOwners(step.gradients, chunk, group, device)
+
+
+def _mix(step: UnitStep, rule: MuonRule) -> dict[int, Tensor | None]:
+    """Turns gradients into directions; returns the squares of those of large runs, by the run."""
+    runs = [run for chunk in step.unit.chunks for run in chunk.runs if run.num_elements >= LARGE]
+    squares: dict[int, Tensor | None] = {}
+    for tensor, (gradient, buffer) in enumerate(zip(step.gradients, step.buffers, strict=True)):
+        begin, flat, average = 0, gradient.view(-1), buffer.view(-1)
+        for run in sorted((r for r in runs if r.tensor == tensor), key=lambda r: r.offset):
+            rule.mix_momentum_(flat[begin : run.offset], average[begin : run.offset], step.divisor)
+            mixed, momentum = (
+                run_of(flats, run).view(run.count, *run.shape)
+                for flats in (step.gradients, step.buffers)
+            )
+            squares[id(run)] = rule.mix_matrices_(mixed, momentum, step.divisor)
+            begin = run.offset + run.num_elements
+        rule.mix_momentum_(flat[begin:], average[begin:], step.divisor)
+    return squares
 
 
 def _owned(
@@ -96,7 +125,8 @@ def _owned(
     }
     for run in chunk.runs:
         source = run_of(step.gradients, run).view(run.count, *run.shape)
-        rule.normalize_into(source, owned[run.shape][run.index : run.index + run.count])
+        target = owned[run.shape][run.index : run.index + run.count]
+        rule.normalize_into(source, target, step.squares.get(id(run)))
     for shape, batch_BMN in slices.assemble().items():
         for matrix_MN, index in zip(batch_BMN, chunk.assembled[shape], strict=True):
             rule.normalize_into(matrix_MN[None], owned[shape][index : index + 1])
@@ -106,8 +136,9 @@ def _owned(
 def _apply_at_home(step: UnitStep, chunk: Chunk, owned: Batches, rule: MuonRule) -> None:
     for run in chunk.runs:
         factor = owned[run.shape][run.index : run.index + run.count].view(-1)
-        weight = run_of(step.unit.flats, run)
-        rule.apply_(weight, factor, run.shape, step.rates[run.tensor], step.decays[run.tensor])
+        weight, tensor = run_of(step.unit.flats, run), run.tensor
+        copy = step.copy_of(tensor, run.offset, run.num_elements)
+        rule.apply_(weight, factor, run.shape, step.rates[tensor], step.decays[tensor], copy)
     for entry in chunk.at_home:
         _apply(step, entry.piece, part_of(owned, entry), entry.shape, rule)
 
@@ -124,4 +155,5 @@ def _apply(
 ) -> None:
     tensor = piece.tensor
     weight = piece_of(step.unit.flats, piece)
-    rule.apply_(weight, factor, shape, step.rates[tensor], step.decays[tensor])
+    copy = step.copy_of(tensor, piece.offset, piece.num_elements)
+    rule.apply_(weight, factor, shape, step.rates[tensor], step.decays[tensor], copy)

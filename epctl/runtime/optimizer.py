@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from epctl.kernels.adamw import AdamWRule, adamw_step_
 from epctl.kernels.newton_schulz import iteration_dtype
 from epctl.launch.memory_step import MUON_CHUNK_ELEMENTS
 from epctl.runtime.attention_logits import AttentionLogits
@@ -61,13 +61,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
         }
         self._device = torch.device("cpu")
         self._partitions: dict[int, FlatPartition] | None = None
+        self._copies: dict[int, Tensor] = {}
         self._units: list[MuonUnit] = []
         self._row_factors: dict[int, Tensor] = {}
         self._skips_steps = False
         self._divisor: Tensor | None = None
         self.attention_logits: AttentionLogits | None = None
 
-    def wire(self, partitions: list[FlatPartition], device: torch.device | None = None) -> None:
+    def wire(
+        self,
+        partitions: list[FlatPartition],
+        device: torch.device | None = None,
+        copies: Mapping[int, Tensor] | None = None,
+    ) -> None:
         """Takes the layout of the tensors that `step()` will see and creates all state.
 
         Every rank creates every state tensor now: lazily created state differs between ranks and
@@ -76,7 +82,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Args:
             partitions: of every tensor, in the same order on all ranks of a group.
             device: where matrices are orthogonalised, if not where the partitions are.
+            copies: what the model computes with, by the id of its partition's flat tensor: written
+                by every step, as ZeRO does of those that are not in it.
         """
+        self._copies = dict(copies or {})
         self._device = device or partitions[0].flat.device
         self.rule.passes(self._device)  # what cannot run is refused before the first step
         self._partitions = {id(partition.flat): partition for partition in partitions}
@@ -176,30 +185,30 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._scale_rows(flat)
 
     def _step_adamw(self, flat: Tensor, group: dict[str, Any]) -> None:
-        """One pass over gradient, master and both moments, by torch's fused kernel."""
-        assert flat.is_contiguous()  # the kernel goes by places in memory
+        """One pass over gradient, master, both moments and what the model computes with."""
         state = self.state[flat]
+        state["step"] += 1  # counted on the host
         beta1, beta2 = group["betas"]
-        # Counted on the host; the kernel wants it beside the master.
-        step = torch.full((), float(state["step"]), dtype=torch.float32, device=flat.device)
-        adamw(
-            [flat],
-            [flat.grad.to(flat.dtype).contiguous()],  # type: ignore[union-attr]
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [step],
-            fused=True,
-            grad_scale=None if self._divisor is None else self._divisor.to(flat.device),
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+        adamw_step_(
+            flat,
+            flat.grad.to(flat.dtype).contiguous(),  # type: ignore[union-attr]
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            AdamWRule(
+                step=int(state["step"]),
+                rate=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                decay=group["weight_decay"],
+            ),
+            divisor=self._divisor,
+            copy_P=self._copy_of(flat),
+            implementation=self.rule.passes(flat.device),
         )
-        state["step"] += 1
+
+    def _copy_of(self, flat: Tensor) -> Tensor | None:
+        return self._copies.get(id(flat))
 
     def _unit_step(self, unit: MuonUnit, groups: list[dict[str, Any]]) -> UnitStep:
         return UnitStep(
@@ -209,6 +218,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             rates=[group["lr"] for group in groups],
             decays=[group["weight_decay"] for group in groups],
             divisor=self._divisor,
+            copies=[self._copy_of(flat) for flat in unit.flats],
         )
 
     def _gradient(self, flat: Tensor) -> Tensor:
@@ -232,6 +242,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 every = factors.repeat_interleave(num_columns)[fragment.start : end]
                 part = flat.view(-1).narrow(0, fragment.offset, fragment.num_elements)
                 part.mul_(every.to(part.device))
+                copy = self._copy_of(flat)
+                if copy is not None:
+                    copy.view(-1).narrow(0, fragment.offset, fragment.num_elements).copy_(part)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads state; torch casts it to the parameters' float32, so momentum is cast back."""

@@ -23,7 +23,7 @@ from torch import nn
 from epctl.config import RunConfig
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import deepspeed_seams as seams
-from epctl.runtime import muon_exchange
+from epctl.runtime import muon_exchange, muon_step
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
 from epctl.runtime.engine import create_engine, train_step
@@ -236,7 +236,9 @@ def owners_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         source = f.parameter.detach().view(-1)[f.start : f.start + f.num_elements]
         flat[f.offset : f.offset + f.num_elements] = source
     layout = dataclasses.replace(layout, flat=flat)
-    optimizer.wire([layout])
+    copy = torch.full(flat.shape, torch.nan, dtype=torch.bfloat16)
+    optimizer.wire([layout], copies={id(flat): copy})
+    usual, muon_step.LARGE = muon_step.LARGE, case.get("large", muon_step.LARGE)
     optimizer.param_groups[0]["params"] = [flat]
     COUNTED.events.clear()
     for _ in range(3):
@@ -246,6 +248,11 @@ def owners_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             source = gradients[id(f.parameter)][f.start : f.start + f.num_elements]
             flat.grad[f.offset : f.offset + f.num_elements] = source
         optimizer.step()
+    muon_step.LARGE = usual
+    held = [range(f.offset, f.offset + f.num_elements) for f in mine]
+    copied = all(
+        torch.equal(copy[r.start : r.stop], flat[r.start : r.stop].bfloat16()) for r in held
+    )
     for parameter in parameters:
         whole = torch.zeros(parameter.numel())
         for f in mine:
@@ -258,6 +265,7 @@ def owners_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     if dist.get_rank() == 0:
         torch.save([p.data for p in parameters], folder / f"{case['name']}.pt")
     return {
+        "copied": copied,
         "num_owned": optimizer.num_owned_matrices,
         "num_sent_bytes": optimizer.num_sent_bytes,
         "num_travelling": sum(

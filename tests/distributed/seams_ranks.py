@@ -42,6 +42,7 @@ SHORTENED = {
         "independent_gradient_partition_epilogue",
         "scaled_global_norm",
         "unscale_and_clip_grads",
+        "step",
     ),
     "zero3": (
         "reduce_ready_partitions_and_remove_grads",
@@ -50,6 +51,8 @@ SHORTENED = {
         "_get_norm_groups",
         "_prepare_fp32_grad_for_sub_group",
         "unscale_and_clip_grads",
+        "_optimizer_step",
+        "_reassign_or_swap_out_partitioned_parameters",
     ),
 }
 # Experts shared by two ranks; each on one, in half precision and accumulated; those and no more.
@@ -263,6 +266,7 @@ def lean_and_plain_steps(zero: int, **case: Any) -> dict[str, Any]:
         config, mesh, engine, optimizer, scheduler = make(zero, clipping=0.05, **case)
         own = vars(engine.optimizer)
         if way == "plain":
+            optimizer._copies.clear()
             for name in SHORTENED[stage]:
                 own.pop(name, None)
         steps = [rank_batches(number, config) for number in range(2)]
@@ -278,6 +282,33 @@ def lean_and_plain_steps(zero: int, **case: Any) -> dict[str, Any]:
     lean, plain = (found[way].pop("tensors") for way in ("lean", "plain"))
     pairs = [(a, b) for a, b in zip(lean, plain, strict=True) if b.norm() > 0]
     return found | {"difference": max(float((a - b).norm() / b.norm()) for a, b in pairs)}
+
+
+def weights_of_masters(zero: int) -> dict[str, int]:
+    """Elements of the model, and those that are not their master rounded, after rows were scaled.
+
+    The optimizer writes both; ZeRO gathers the weights but copies none.
+    """
+    config, mesh, engine, optimizer, scheduler = make(zero, 2, bfloat16=True)
+    weight = engine.module.model.layers[0].self_attn.o_proj.weight
+    rows = torch.full((seams.full_shape(weight)[0],), 0.25)
+    optimizer.scale_rows_after_step({id(weight): rows})
+    before = snapshot(engine)
+    train_step(engine, scheduler, rank_batches(0, config), config, mesh)
+    values = {}
+    for parameter in engine.module.parameters():
+        with seams.full_parameters([parameter]):
+            values[id(parameter)] = parameter.detach().clone().flatten()
+    found = {"elements": 0, "other": 0, "written": len(optimizer._copies)}
+    for partition in seams.flat_partitions(engine):
+        master = partition.flat.detach().view(-1).bfloat16()
+        for f in partition.fragments_by_rank[partition.group_rank]:
+            live = values[id(f.parameter)][f.start : f.start + f.num_elements]
+            found["elements"] += f.num_elements
+            found["other"] += int((live != master[f.offset : f.offset + f.num_elements]).sum())
+    found["moved"] = sum(moved(before, snapshot(engine)).values())
+    engine.destroy()
+    return found
 
 
 def moments_of_what_is_sometimes_used(zero: int, **case: Any) -> dict[str, list[float]]:
@@ -368,6 +399,7 @@ def main(folder: Path) -> None:
         result[f"partitions{zero}"] = partitions_cover_everything(zero)
         if zero:
             result[f"nan{zero}"] = nan_on_one_rank(zero)
+            result[f"written{zero}"] = weights_of_masters(zero)
             for name, case in WAYS.items():
                 if (zero, name) not in ANOTHER_CLASS:
                     result[f"lean{zero} {name}"] = lean_and_plain_steps(zero, **case)

@@ -126,6 +126,17 @@ def test_gradients_norm_and_clipping_are_zeros_own(ranks: Ranks, zero: int, way:
         assert found["difference"] < 1e-6
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_model_computes_with_its_masters_rounded(ranks: Ranks, zero: int) -> None:
+    """The optimizer writes both, rows scaled after its step included; no rank lacks another's."""
+    for rank in ranks:
+        found = rank[f"written{zero}"]
+        assert found["written"] == 3
+        assert found["elements"] > 1000
+        assert found["moved"] > 20
+        assert found["other"] == 0
+
+
 @pytest.mark.parametrize("part", ["norm", "experts"])
 def test_a_parameter_without_a_gradient_has_a_gradient_of_zero(ranks: Ranks, part: str) -> None:
     """ZeRO-3 alone would give it, and add to, the one of the step before."""

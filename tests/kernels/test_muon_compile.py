@@ -109,21 +109,34 @@ def test_symmetric_products_compile(num_rows: int, variant: str, tmp_path: Path)
 PASSES = {
     "mix float32": (
         "_mix_kernel",
-        {"gradient_ptr": "*fp32", "buffer_ptr": "*fp32", "divisor_ptr": "*fp32"},
+        {
+            "gradient_ptr": "*fp32",
+            "buffer_ptr": "*fp32",
+            "divisor_ptr": "*fp32",
+            "squares_ptr": "*fp64",
+        },
     ),
     "mix bfloat16": (
         "_mix_kernel",
-        {"gradient_ptr": "*fp32", "buffer_ptr": "*bf16", "divisor_ptr": "*fp32"},
+        {
+            "gradient_ptr": "*fp32",
+            "buffer_ptr": "*bf16",
+            "divisor_ptr": "*fp32",
+            "squares_ptr": "*fp64",
+        },
     ),
     "squares": ("_squares_kernel", {"x_ptr": "*fp32", "squares_ptr": "*fp64"}),
     "normalize": (
         "_normalize_kernel",
-        {"x_ptr": "*fp32", "squares_ptr": "*fp64", "out_ptr": "*fp16"},
+        {"x_ptr": "*fp32", "inverse_ptr": "*fp64", "out_ptr": "*fp16"},
     ),
-    "apply": ("_apply_kernel", {"weight_ptr": "*fp32", "update_ptr": "*fp16"}),
+    "apply": (
+        "_apply_kernel",
+        {"weight_ptr": "*fp32", "update_ptr": "*fp16", "copy_ptr": "*bf16"},
+    ),
 }
 SCALARS = {
-    "num_elements": "i64", "size": "i32", "num_spans": "i32",
+    "num_elements": "i64", "size": "i32", "num_blocks": "i32",
     "momentum": "fp32", "kept": "fp32", "rate": "fp32",
 }  # fmt: skip
 
@@ -136,8 +149,8 @@ def test_passes_compile(name: str, tmp_path: Path) -> None:
     kernel = getattr(passes, kernel_name)
     scalars = {key: kind for key, kind in SCALARS.items() if key in kernel.arg_names}
     constants = {
-        "HAS_DIVISOR": True, "NESTEROV": True, "BLOCK": passes.BLOCK, "SPAN": passes.SPAN,
-        "NUM_SPANS": 128,
+        "HAS_DIVISOR": True, "NESTEROV": True, "HAS_SQUARES": True, "HAS_COPY": True,
+        "BLOCK": passes.BLOCK,
     }  # fmt: skip
     compiled = compile_for_hopper(
         kernel,
@@ -148,4 +161,22 @@ def test_passes_compile(name: str, tmp_path: Path) -> None:
     )
     wide = re.findall(r"ld\.global\.v\d\.b\d+", compiled.asm["ptx"])
     assert wide, "elements are read one by one"
+    assert stack_bytes(compiled, tmp_path) == 0
+
+
+def test_adamw_compiles(tmp_path: Path) -> None:
+    from epctl.kernels import adamw_triton
+
+    tensors = ("weight", "gradient", "average", "square", "divisor")
+    scalars = ("kept", "beta1", "beta2", "eps", "rate", "root_scale")
+    compiled = compile_for_hopper(
+        adamw_triton._step_kernel,
+        {f"{name}_ptr": "*fp32" for name in tensors}
+        | {"copy_ptr": "*bf16", "num_elements": "i64"}
+        | dict.fromkeys(scalars, "fp32"),
+        {"HAS_DIVISOR": True, "HAS_COPY": True, "BLOCK": adamw_triton.BLOCK},
+        aligned=("num_elements",),
+        num_warps=adamw_triton.NUM_WARPS,
+    )
+    assert len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"])) >= 8
     assert stack_bytes(compiled, tmp_path) == 0

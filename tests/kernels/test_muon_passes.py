@@ -14,11 +14,13 @@ from torch import Tensor
 
 from epctl.bench.muon_own import GPU_VARIANTS, own_iteration
 from epctl.kernels import muon_passes
+from epctl.kernels.adamw import AdamWRule, adamw_step_
 from epctl.kernels.muon_passes import (
     Implementation,
     PassChoice,
     apply_update_,
     choose_passes,
+    mix_matrices_,
     mix_momentum_,
     normalize_into,
 )
@@ -119,6 +121,87 @@ def test_norm_and_cast(
 
 
 @here
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 9), (2, 64, 64), (2, 181, 200), (0, 4, 4)])
+def test_momentum_of_matrices_and_their_norms(
+    shape: tuple[int, int, int], dtype: torch.dtype, nesterov: bool, device: torch.device
+) -> None:
+    """The squares that come with directions give what reading the directions again gives."""
+    gradient, around_gradient = within(random(device, *shape))
+    buffer, around_buffer = within(random(device, *shape, seed=1).to(dtype))
+    if shape[0] == 3:
+        gradient[1] = buffer[1] = 0.0
+    expected, average = gradient.clone(), buffer.clone()
+    divisor = torch.tensor(3.5, device=device)
+    squares = mix_matrices_(
+        gradient, buffer, 0.95, nesterov=nesterov, divisor=divisor, implementation="triton"
+    )
+    mix_momentum_(
+        expected, average, 0.95, nesterov=nesterov, divisor=divisor, implementation="triton"
+    )
+    assert torch.equal(gradient, expected)
+    assert torch.equal(buffer, average)
+    assert squares is not None
+    found, again = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
+    normalize_into(gradient, found, squares_BS=squares, implementation="triton")
+    normalize_into(gradient, again, implementation="triton")
+    assert torch.equal(found, again)
+    norms = gradient.double().norm(dim=(1, 2))
+    assert torch.allclose(squares.sum(dim=1).sqrt(), norms, rtol=1e-12)
+    assert_borders(around_gradient)
+    assert_borders(around_buffer)
+
+
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=here)])
+def test_a_copy_of_the_new_weight(implementation: Implementation, device: torch.device) -> None:
+    weight, update = random(device, 5000), random(device, 5000, seed=1) / 30
+    copy, around = within(torch.full((5000,), torch.nan, dtype=torch.bfloat16, device=device))
+    apply_update_(
+        weight, update, rate=0.02, scale=9.05, decay=0.1, copy_P=copy,
+        implementation=implementation,
+    )  # fmt: skip
+    assert_close(copy, weight.double(), 0, torch.bfloat16)
+    assert_borders(around)
+
+
+def adamw_by_hand(
+    weight: Tensor, gradient: Tensor, average: Tensor, square: Tensor, rule: AdamWRule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64; the paper's algorithm 2 with its schedule's factor in the rate."""
+    weight, gradient, average, square = (x.double() for x in (weight, gradient, average, square))
+    average = rule.beta1 * average + (1 - rule.beta1) * gradient
+    square = rule.beta2 * square + (1 - rule.beta2) * gradient**2
+    unbiased = average / (1 - rule.beta1**rule.step)
+    root = (square / (1 - rule.beta2**rule.step)).sqrt()
+    weight = weight * (1 - rule.rate * rule.decay) - rule.rate * unbiased / (root + rule.eps)
+    return weight, average, square
+
+
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=here)])
+@pytest.mark.parametrize("step", [1, 2, 5000])
+@pytest.mark.parametrize("size", SIZES)
+def test_adamw(size: int, step: int, implementation: Implementation, device: torch.device) -> None:
+    rule = AdamWRule(step=step, rate=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)
+    weight, around_weight = within(random(device, size))
+    gradient, around_gradient = within(random(device, size, seed=1))
+    average, around_average = within(random(device, size, seed=2) * (step > 1))
+    square, around_square = within(random(device, size, seed=3).square() * (step > 1))
+    copy, around_copy = within(torch.full((size,), torch.nan, device=device).bfloat16())
+    expected = adamw_by_hand(weight, gradient / 3.5, average, square, rule)
+    adamw_step_(
+        weight, gradient, average, square, rule,
+        divisor=torch.tensor(3.5, device=device), copy_P=copy, implementation=implementation,
+    )  # fmt: skip
+    for found, wanted in zip((weight, average, square), expected, strict=True):
+        # 0.05 and 0.1 are rounded to float32 as a whole, by up to 20 of its last places.
+        assert_close(found, wanted, 20 + 8, torch.float32)
+    assert_close(copy, weight.double(), 0, torch.bfloat16)
+    for around in (around_weight, around_average, around_square, around_copy, around_gradient):
+        assert_borders(around)
+
+
+@here
 @pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e-30, 1e30, 1e38])
 def test_no_norm_overflows_or_underflows(scale: float, device: torch.device) -> None:
     x = random(device, 2, 20, 30).clamp(-3, 3) * scale
@@ -210,6 +293,16 @@ def test_each_variant_of_the_benchmark_is_the_same_iteration(
     found = own_iteration(x_BMN, **GPU_VARIANTS[name])
     allowed = 5e-3 if device.type == "cuda" else 4 * 485 * 2.0**-22
     assert float((found - expected).norm() / expected.norm()) < allowed
+
+
+@here
+def test_large_matrices_are_mixed_by_themselves(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = two_steps("triton", device)
+    monkeypatch.setattr("epctl.runtime.muon_step.LARGE", 2 * 17 * 24)
+    for ours, theirs in zip(two_steps("triton", device), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def two_steps(kernels: str, device: torch.device) -> list[Tensor]:
