@@ -45,6 +45,7 @@ def deepspeed_config(
         "bf16": {"enabled": bfloat16},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},
     }
     if bfloat16 and _accumulates_in_float32(config):
         result["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -156,6 +157,7 @@ REASONS: dict[str, str] = {
     ),
     "steps_per_print": "epctl reports instead",
     "wall_clock_breakdown": "epctl reports instead; it would synchronise at every timer",
+    "timers.throughput.enabled": "epctl reports instead; it stops the host twice a step",
     "optimizer.type": "`optim.name` deepspeed-muon: the engine builds its own, for comparison",
     "optimizer.params.lr": "the rate of groups that neither of the next two names",
     "optimizer.params.muon_lr": "rate of the matrices",

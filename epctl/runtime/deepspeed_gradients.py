@@ -42,6 +42,7 @@ def shorten_gradients(engine: Any, divide_gradients_by: Callable[[Tensor | None]
     elif isinstance(zero, DeepSpeedZeroOptimizer):
         _check_finite_by_norm(zero)
         _accumulate_whole_zero2(zero)
+        _end_backward_on_device_zero12(zero)
         _norm_at_once_zero12(zero)
     else:
         return
@@ -143,6 +144,30 @@ def _accumulate_whole_zero2(zero: Any) -> None:
     if zero.partition_gradients and not zero.cpu_offload and zero.gradient_average:
         zero.process_gradients = process
         zero.independent_gradient_partition_epilogue = epilogue
+
+
+def _end_backward_on_device_zero12(zero: Any) -> None:
+    """Has the device, not the host, wait for reductions at the end of backward.
+
+    Upstream stops the host until the device has nothing left to do, and the device then idles
+    until the host has started the step (`independent_gradient_partition_epilogue` of
+    zero/stage_1_and_2.py, where `overlap_comm` decides that and nothing else).
+    """
+    usual, accelerator = zero.independent_gradient_partition_epilogue, get_accelerator()
+    if not zero.overlap_comm or accelerator.resolves_data_dependency():
+        return
+
+    def epilogue() -> None:
+        zero.reduce_ipg_grads()
+        accelerator.current_stream().wait_stream(zero.reduction_stream)
+        zero._clear_previous_reduced_grads()
+        zero.overlap_comm = False
+        try:
+            usual()
+        finally:
+            zero.overlap_comm = True
+
+    zero.independent_gradient_partition_epilogue = epilogue
 
 
 def _whole_group(zero: Any, group: int) -> tuple[Any, dict[int, Tensor]]:
