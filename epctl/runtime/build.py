@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.fused_gate import fuse_gates
 from epctl.runtime.fused_norm import fuse_norms
 from epctl.runtime.latent_attention import fuse_latent_attention
 from epctl.runtime.mesh import Mesh, validate_expert_parallel
@@ -56,6 +57,7 @@ def build_model(
     if swap:
         swap_moe_blocks(model, config, mesh, dtype)
         fuse_norms(model)
+        fuse_gates(model)
         fuse_latent_attention(model)
     weights.note_names(model)
     unused = unreached(model) if is_visual(config) else []

@@ -23,6 +23,7 @@ FILES = {
     "test_latent_heads.py": 20,
     "test_row_messages.py": 12,
     "test_gradient_share.py": 12,
+    "test_gated_product.py": 12,
 }
 
 
