@@ -63,7 +63,8 @@ def write_messages(
     Args:
         weights_TK: float32.
         choices: of the same experts, by `count_choices`.
-        num_rows: rows in all, which the host must know.
+        num_rows: rows in all, which the host must know, or more: what is behind them is of token 0
+            and says nothing.
     """
     assert weights_TK.dtype == torch.float32, weights_TK.dtype
     if _runs_triton(experts_TK):

@@ -45,7 +45,7 @@ def write(
     """Returns token_S, row_of_TP and messages, int32; see `row_messages.write_messages`."""
     num_tokens, top_k = experts_TK.shape
     num_places, _, num_blocks = counted.shape
-    token_S = counted.new_empty(num_rows)
+    token_S = counted.new_zeros(num_rows)
     row_of_TP = counted.new_empty(num_tokens, num_places)
     message_SC = counted.new_empty(num_rows, 2 * top_k)
     if num_blocks:

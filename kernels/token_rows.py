@@ -23,6 +23,10 @@ class TokenRows(NamedTuple):
     token_S: Tensor
     row_of_TP: Tensor
 
+    def first(self, num_rows: int) -> TokenRows:
+        """Returns the tables of `num_rows` rows, where there was room for more."""
+        return TokenRows(self.token_S[:num_rows], self.row_of_TP)
+
 
 def number_rows(goes_TP: Tensor, num_rows: int) -> tuple[TokenRows, Tensor]:
     """Returns the tables and each row's place, int32 [S]: place by place, tokens in their order.
@@ -31,7 +35,8 @@ def number_rows(goes_TP: Tensor, num_rows: int) -> tuple[TokenRows, Tensor]:
 
     Args:
         goes_TP: whether a token goes to a place, bool.
-        num_rows: how many of them are true, which the host must know.
+        num_rows: how many of them are true, which the host must know, or more: then the last rows
+            are of token 0.
     """
     num_tokens, num_places = goes_TP.shape
     goes_N = goes_TP.t().reshape(-1)
@@ -39,20 +44,22 @@ def number_rows(goes_TP: Tensor, num_rows: int) -> tuple[TokenRows, Tensor]:
     # Pairs without a row write into one row too many.
     target_N = row_N.masked_fill(~goes_N, num_rows).long()
     pair_N = torch.arange(len(goes_N), dtype=torch.int32, device=goes_TP.device)
-    pair_S = pair_N.new_empty(num_rows + 1).scatter_(0, target_N, pair_N)[:num_rows]
+    pair_S = pair_N.new_zeros(num_rows + 1).scatter_(0, target_N, pair_N)[:num_rows]
     row_of_TP = row_N.masked_fill(~goes_N, -1).view(num_places, num_tokens).t().contiguous()
     return TokenRows(pair_S % num_tokens, row_of_TP), pair_S // num_tokens
 
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, tables: TokenRows) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, tables: TokenRows, taken_SD: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tables)
+        if taken_SD is not None:
+            return taken_SD[: len(tables.token_S)]
         return x_TD.index_select(0, tables.token_S)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return add_rows(gradients[0], TokenRows(*ctx.saved_tensors)), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return add_rows(gradients[0], TokenRows(*ctx.saved_tensors)), None, None
 
 
 class _AddRows(torch.autograd.Function):
@@ -74,9 +81,13 @@ class _AddRows(torch.autograd.Function):
         return take_rows(gradients[0], ctx.tables), None
 
 
-def take_rows(x_TD: Tensor, tables: TokenRows) -> Tensor:
-    """Returns each row's token, [S, D] in the dtype of `x_TD`; its backward is `add_rows`."""
-    return cast(Tensor, _TakeRows.apply(x_TD, tables))  # type: ignore[no-untyped-call]
+def take_rows(x_TD: Tensor, tables: TokenRows, taken_SD: Tensor | None = None) -> Tensor:
+    """Returns each row's token, [S, D] in the dtype of `x_TD`; its backward is `add_rows`.
+
+    Args:
+        taken_SD: those rows, and perhaps more behind them, where they have been taken before.
+    """
+    return cast(Tensor, _TakeRows.apply(x_TD, tables, taken_SD))  # type: ignore[no-untyped-call]
 
 
 def add_rows(rows_SD: Tensor, tables: TokenRows) -> Tensor:

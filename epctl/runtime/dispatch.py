@@ -9,13 +9,15 @@ rank, or was dropped) and their router weights. The expert side forms the weight
 the way back also moves one row a rank. Backward is the mirror of forward. The exchange of counts
 also says how many choices are coming: the experts take memory for those, not for K a row.
 
-The device idles from the counts until the first exchange has been started, so tokens leave before
-what is said of them. A recomputed layer knows its counts (replay.py) and does not wait at all, and
-is made again while the gradients of its results travel.
+The device idles from the counts until the first exchange has been started, so rows are made before
+the host knows how many there are, and leave before what is said of them. A recomputed layer knows
+its counts (replay.py) and does not wait at all, and is made again while the gradients of its
+results travel.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -27,7 +29,10 @@ from torch import Tensor
 from epctl.errors import ResourceError
 from epctl.kernels import TokenRows, add_rows, take_rows
 from epctl.kernels.row_messages import count_choices, write_messages
-from epctl.runtime.replay import found_once
+from epctl.runtime import replay
+
+# What rows may take before it is known how many there are.
+AHEAD_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -253,7 +258,10 @@ def recallable(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
     return x, recall
 
 
-def exchange_counts(sent_P2: Tensor, group: dist.ProcessGroup) -> tuple[RowSplits, int]:
+Counts = tuple[RowSplits, int]
+
+
+def exchange_counts(sent_P2: Tensor, group: dist.ProcessGroup) -> Callable[[], Counts]:
     """Tells every rank how many rows come from whom: one exchange, one host synchronisation.
 
     A recomputation does neither: its forward knew.
@@ -261,20 +269,40 @@ def exchange_counts(sent_P2: Tensor, group: dist.ProcessGroup) -> tuple[RowSplit
     Args:
         sent_P2: how many rows and how many choices go to each rank.
 
-    Returns the rows, and how many choices are coming to this rank's experts.
+    Returns what waits for the rows, and for how many choices are coming to this rank's experts.
     """
-
-    def exchange() -> tuple[RowSplits, int, Tensor]:
-        received_P2 = torch.empty_like(sent_P2)
-        dist.all_to_all_single(received_P2, sent_P2, group=group)
-        (sent, _), (received, held) = torch.stack((sent_P2, received_P2)).transpose(1, 2).tolist()
-        return RowSplits(sent, received, group), sum(held), sent_P2
-
-    (splits, num_held, counted_P2), is_replayed = found_once(exchange)
-    if is_replayed:
+    if replay.is_known():
+        counts, counted_P2 = replay.recall()
         same = (counted_P2 == sent_P2).all()
         torch._assert_async(same, "a recomputed router chose other experts than its forward")
-    return splits, num_held
+        return lambda: cast(Counts, counts)
+    received_P2 = torch.empty_like(sent_P2)
+    dist.all_to_all_single(received_P2, sent_P2, group=group)
+    counts = _on_host(torch.stack((sent_P2, received_P2)).transpose(1, 2))
+
+    def finish() -> Counts:
+        (sent, _), (received, held) = counts()
+        found = RowSplits(sent, received, group), sum(held)
+        replay.note((found, sent_P2))
+        return found
+
+    return finish
+
+
+def _on_host(values: Tensor) -> Callable[[], Any]:
+    """Starts to copy values to the host; what it returns waits for them, and for nothing later."""
+    if not values.is_cuda:
+        return values.tolist
+    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copied.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def wait() -> Any:
+        arrived.synchronize()
+        return copied.tolist()
+
+    return wait
 
 
 def _require_room(splits: RowSplits, max_rows: int | None, num_tokens: int) -> None:
@@ -308,14 +336,23 @@ def dispatch(
 
     Raises ResourceError if more rows than `max_rows` are on their way, before they arrive.
     """
-    choices = count_choices(experts_TK, num_local_experts, dist.get_world_size(group))
-    splits, num_held = exchange_counts(choices.sent_P2, group)
-    _require_room(splits, max_rows, x_TD.shape[0])
-    # How many rows there are came with the counts: finding them needs no second look.
-    tables, message_SC = write_messages(
-        experts_TK, weights_TK, choices, num_local_experts, sum(splits.sent)
-    )
-    rows_SD, recall = recallable(take_rows(x_TD, tables))
+    num_tokens, num_places = len(x_TD), dist.get_world_size(group)
+    choices = count_choices(experts_TK, num_local_experts, num_places)
+    finish_counts = exchange_counts(choices.sent_P2, group)
+    write = functools.partial(write_messages, experts_TK, weights_TK, choices, num_local_experts)
+    most_rows = num_tokens * min(num_places, experts_TK.shape[1])
+    taken_SD = None
+    if not replay.is_known() and most_rows * x_TD[:1].nbytes <= AHEAD_BYTES:
+        # The device does this while the host waits, in room for as many rows as there can be.
+        tables, message_SC = write(most_rows)
+        taken_SD = x_TD.detach().index_select(0, tables.token_S)
+        splits, num_held = finish_counts()
+        tables, message_SC = tables.first(sum(splits.sent)), message_SC[: sum(splits.sent)]
+    else:
+        splits, num_held = finish_counts()
+        tables, message_SC = write(sum(splits.sent))
+    _require_room(splits, max_rows, num_tokens)
+    rows_SD, recall = recallable(take_rows(x_TD, tables, taken_SD))
     finish_rows = start_exchange(rows_SD, splits, is_kept=True)
     finish_choices = start_choices(weights_TK, message_SC, tables, splits)
     if meanwhile is not None:

@@ -8,20 +8,18 @@ tensors of its forward, so what was read then need not be read again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from collections.abc import Iterator
+from typing import Any
 
 _current: list[Findings] = []  # innermost last; backward runs one recomputation at a time
 
 
 class Findings:
-    """What one forward of one recomputed layer found, in the order in which it asked."""
+    """What one forward of one recomputed layer found, in the order in which it did."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
-        self._next: int | None = None  # None while they are written down
+        self.place: int | None = None  # None while values are written down
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -36,24 +34,31 @@ class Findings:
             yield
 
     @contextlib.contextmanager
-    def _entered(self, position: int | None) -> Iterator[None]:
-        self._next = position
+    def _entered(self, place: int | None) -> Iterator[None]:
+        self.place = place
         _current.append(self)
         try:
             yield
         finally:
             _current.pop()
 
-    def take(self, find: Callable[[], T]) -> tuple[T, bool]:
-        """Returns what `find` gives, or gave in the first forward, and whether it did so then."""
-        if self._next is None:
-            self.values.append(find())
-            return self.values[-1], False
-        assert self._next < len(self.values), "a recomputation asks more than its forward did"
-        self._next += 1
-        return self.values[self._next - 1], True
+
+def is_known() -> bool:
+    """True in a recomputation: `recall` gives what its forward found."""
+    return bool(_current) and _current[-1].place is not None
 
 
-def found_once(find: Callable[[], T]) -> tuple[T, bool]:
-    """Returns `find()` and False; in a recomputation what its first forward found, and True."""
-    return _current[-1].take(find) if _current else (find(), False)
+def note(value: Any) -> None:
+    """Writes a finding down for the recomputation of the layer around it, if there will be one."""
+    if _current:
+        assert not is_known()
+        _current[-1].values.append(value)
+
+
+def recall() -> Any:
+    """Returns the next finding of the forward whose recomputation this is."""
+    findings = _current[-1]
+    assert findings.place is not None
+    assert findings.place < len(findings.values), "a recomputation asks more than its forward did"
+    findings.place += 1
+    return findings.values[findings.place - 1]

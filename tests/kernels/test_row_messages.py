@@ -75,6 +75,13 @@ def test_rows_and_messages(
     assert torch.equal(sent_SK, weights_TK[[token for _, token in rows]])
     assert {t.dtype for t in (*tables, message_SC)} == {torch.int32}
 
+    spare = 7 if tokens else 0
+    roomy, longer_SC = write_messages(*inputs, choices, local, len(rows) + spare)
+    assert torch.equal(roomy.token_S[: len(rows)], tables.token_S)
+    assert roomy.token_S[len(rows) :].tolist() == [0] * spare
+    assert torch.equal(roomy.row_of_TP, tables.row_of_TP)
+    assert torch.equal(longer_SC[: len(rows)], message_SC)
+
 
 @pytest.mark.skipif(not RUNS_TRITON, reason="the reference has no blocks")
 def test_blocks_grow_with_the_tokens(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

@@ -123,6 +123,33 @@ def test_a_recomputed_layer_does_not_wait_again(
         assert torch.equal(one.grad, other.grad)
 
 
+@pytest.mark.parametrize("bound", [0, 2**28])
+def test_rows_made_before_the_host_knows_how_many(
+    alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    """In room for all there can be, unless that is too much; some tokens go nowhere."""
+    x_TD, weights_TK, experts_TK = inputs()
+    experts_TK[2:5] = -1
+    monkeypatch.setattr(dispatch, "AHEAD_BYTES", bound)
+    rooms: list[int] = []
+    write = dispatch.write_messages
+    monkeypatch.setattr(
+        dispatch,
+        "write_messages",
+        lambda *a: rooms.append(a[-1]) or write(*a),  # type: ignore[func-returns-value]
+    )
+    sent = dispatch.dispatch(x_TD, experts_TK, weights_TK, 8, alone)
+    assert rooms == [9 if bound else 6]
+    kept = [0, 1, 5, 6, 7, 8]
+    assert torch.equal(sent.x_RD, x_TD[kept])
+    assert torch.equal(sent.experts_RK, experts_TK[kept].int())
+    assert torch.equal(sent.weights_RK, weights_TK[kept])
+    (sent.x_RD.sum() + sent.weights_RK.sum()).backward()
+    goes = (experts_TK >= 0).any(dim=1, keepdim=True).float()
+    assert torch.equal(x_TD.grad, goes.expand(9, 16))  # type: ignore[arg-type]
+    assert torch.equal(weights_TK.grad, goes.expand(9, 3))  # type: ignore[arg-type]
+
+
 def test_a_router_that_chooses_otherwise_in_recomputation_is_told(
     alone: dist.ProcessGroup,
 ) -> None:
