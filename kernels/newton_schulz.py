@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from epctl.kernels.newton_schulz_chain import Chain, iterate_
+from epctl.kernels.newton_schulz_chain import Chain, iterate_jointly_
 from epctl.kernels.newton_schulz_cost import MethodChoice, Products, choose_iteration, choose_method
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -149,8 +149,7 @@ def orthogonalize(
 
 
 def orthogonalize_normal_(
-    x_BMN: Tensor,
-    *,
+    *batches: Tensor,
     num_steps: int = 5,
     coefficients: str = "you",
     method: Method = "auto",
@@ -160,16 +159,21 @@ def orthogonalize_normal_(
 ) -> None:
     """Orthogonalises matrices of norm one (or zero) in place, in their own dtype; contiguous.
 
+    Batches that share a short side, device, dtype and iteration go through its products together.
     The rest is as in `orthogonalize`.
     """
-    rows = coefficient_table(coefficients, num_steps)
-    num_rows, num_columns = x_BMN.shape[-2:]
-    chosen = resolve_iteration(
-        (num_rows, num_columns), x_BMN.device, x_BMN.dtype,
-        num_steps=num_steps, method=method, products=products,
-    )  # fmt: skip
-    chain = Chain(chosen.method, chosen.products, tuple(rows), at_once)
-    iterate_(x_BMN, chain, use_graphs=use_graphs)
+    rows = tuple(coefficient_table(coefficients, num_steps))
+    joint: dict[tuple[Chain, int], list[Tensor]] = {}
+    for x_BMN in batches:
+        num_rows, num_columns = x_BMN.shape[-2:]
+        chosen = resolve_iteration(
+            (num_rows, num_columns), x_BMN.device, x_BMN.dtype,
+            num_steps=num_steps, method=method, products=products,
+        )  # fmt: skip
+        chain = Chain(chosen.method, chosen.products, rows, at_once)
+        joint.setdefault((chain, min(num_rows, num_columns)), []).append(x_BMN)
+    for (chain, _), together in joint.items():
+        iterate_jointly_(together, chain, use_graphs=use_graphs)
 
 
 def normalize(x_BMN: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """The chain of products of a Newton-Schulz iteration, on buffers of bounded size.
 
-A GPU takes some matrices at a time, so that the workspace does not grow with the batch. Shape
-suffixes: see newton_schulz.py.
+A GPU takes some matrices at a time, so that the workspace does not grow with the batch. Nearly all
+products are of square matrices, so batches that share a short side go through them together: few
+tiles leave a GPU idle. Shape suffixes: see newton_schulz.py; G is all matrices of the batches at
+hand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,10 +39,21 @@ class Chain(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What a chain writes beside its matrices: one more of their shape, and square ones."""
+    """What a chain writes beside its batches: one more of each, and square ones for all of them."""
 
-    spare_BMN: Tensor
+    spares: tuple[Tensor, ...]
     squares: tuple[Tensor, ...]
+
+
+class Part(NamedTuple):
+    """One batch in a chain: its matrices, what they go to, and which of the square ones are its."""
+
+    x_BRL: Tensor
+    spare_BRL: Tensor
+    place: slice
+
+    def swapped(self) -> Part:
+        return Part(self.spare_BRL, self.x_BRL, self.place)
 
 
 class Product(Protocol):
@@ -86,9 +100,14 @@ def workspace_bytes(
 
 def create_workspace(x_BMN: Tensor, method: Iteration) -> Workspace:
     """Returns the workspace for one chain over `x_BMN`."""
-    short = min(x_BMN.shape[-2:])
-    squares = x_BMN.new_empty(NUM_SQUARES[method], x_BMN.shape[0], short, short)
-    return Workspace(torch.empty_like(x_BMN), squares.unbind())
+    return create_joint_workspace((x_BMN,), method)
+
+
+def create_joint_workspace(batches: Sequence[Tensor], method: Iteration) -> Workspace:
+    """Returns the workspace for one chain over batches that share a short side."""
+    short, count = min(batches[0].shape[-2:]), sum(len(x) for x in batches)
+    squares = batches[0].new_empty(NUM_SQUARES[method], count, short, short)
+    return Workspace(tuple(torch.empty_like(x) for x in batches), squares.unbind())
 
 
 def iterate_(x_BMN: Tensor, chain: Chain, *, use_graphs: bool = False) -> None:
@@ -116,25 +135,83 @@ def _even_parts(num_matrices: int, most: int) -> int:
 
 def _is_short(num_matrices: int, num_rows: int, num_columns: int) -> bool:
     """True if launching a product takes longer than computing it."""
+    return _multiply_adds(num_matrices, num_rows, num_columns) < GRAPH_PRODUCTS
+
+
+def _multiply_adds(num_matrices: int, num_rows: int, num_columns: int) -> int:
+    """Of one product with the short side's square matrices."""
     short, long = sorted((num_rows, num_columns))
-    return num_matrices * short * short * long < GRAPH_PRODUCTS
+    return num_matrices * short * short * long
+
+
+def iterate_jointly_(batches: Sequence[Tensor], chain: Chain, *, use_graphs: bool = False) -> None:
+    """Runs a chain over each matrix of contiguous batches that share a short side, in place.
+
+    Batches one by one on a CPU, which idles for none, and where all are done before the host has
+    launched a product for all: those have their graphs.
+    """
+    batches = [x for x in batches if x.numel()]
+    work = sum(_multiply_adds(*x.shape) for x in batches)
+    if len(batches) < 2 or not batches[0].is_cuda or (use_graphs and work < GRAPH_PRODUCTS):
+        for x_BMN in batches:
+            iterate_(x_BMN, chain, use_graphs=use_graphs)
+        return
+    longest = max(max(x.shape[-2:]) for x in batches)
+    shape = min(batches[0].shape[-2:]), longest
+    size = matrices_at_once(shape, chain, batches[0].dtype, batches[0].device)
+    iterate_together_(batches, chain, size or LARGEST_GRID)
+
+
+def iterate_together_(batches: Sequence[Tensor], chain: Chain, size: int) -> None:
+    """As `iterate_jointly_`, at most `size` matrices in every product."""
+    size = _even_parts(sum(len(x) for x in batches), size)
+    for parts in _cut(batches, size):
+        run_chains_(parts, chain, create_joint_workspace(parts, chain.method))
+
+
+def _cut(batches: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Yields lists of parts of batches, `size` matrices a list but for the last."""
+    parts: list[Tensor] = []
+    for x_BMN in batches:
+        while len(x_BMN):
+            room = size - sum(len(part) for part in parts)
+            parts.append(x_BMN[:room])
+            x_BMN = x_BMN[room:]
+            if sum(len(part) for part in parts) == size:
+                yield parts
+                parts = []
+    if parts:
+        yield parts
 
 
 def _first(workspace: Workspace, num_matrices: int) -> Workspace:
     squares = tuple(square[:num_matrices] for square in workspace.squares)
-    return Workspace(workspace.spare_BMN[:num_matrices], squares)
+    return Workspace(tuple(spare[:num_matrices] for spare in workspace.spares), squares)
 
 
 def run_chain_(x_BMN: Tensor, chain: Chain, workspace: Workspace) -> None:
     """Replaces each matrix by its iterate; no allocation beyond what torch's products make."""
-    tall = x_BMN.shape[-2] > x_BMN.shape[-1]
-    x_BRL = x_BMN.mT if tall else x_BMN
-    spare_BRL = workspace.spare_BMN.mT if tall else workspace.spare_BMN
+    run_chains_((x_BMN,), chain, workspace)
+
+
+def run_chains_(batches: Sequence[Tensor], chain: Chain, workspace: Workspace) -> None:
+    """As `run_chain_`, of batches that share a short side."""
     product: Product = symmetric_product if chain.products == "symmetric" else torch_product
     iterate = _gram if chain.method == "gram" else _standard
-    result_BRL = iterate(x_BRL, spare_BRL, workspace.squares, chain.rows, product)
-    if result_BRL is not x_BRL:
-        x_BRL.copy_(result_BRL)
+    parts = list(_parts(batches, workspace.spares))
+    results = iterate(parts, workspace.squares, chain.rows, product)
+    for part, result in zip(parts, results, strict=True):
+        if result.x_BRL is not part.x_BRL:
+            part.x_BRL.copy_(result.x_BRL)
+
+
+def _parts(batches: Sequence[Tensor], spares: Sequence[Tensor]) -> Iterator[Part]:
+    begin = 0
+    for x_BMN, spare_BMN in zip(batches, spares, strict=True):
+        tall = x_BMN.shape[-2] > x_BMN.shape[-1]
+        place = slice(begin, begin + len(x_BMN))
+        yield Part(x_BMN.mT if tall else x_BMN, spare_BMN.mT if tall else spare_BMN, place)
+        begin = place.stop
 
 
 def torch_product(
@@ -174,43 +251,43 @@ Rows = tuple[tuple[float, float, float], ...]
 Squares = tuple[Tensor, ...]
 
 
-def _standard(
-    x_BRL: Tensor, spare_BRL: Tensor, squares: Squares, rows: Rows, product: Product
-) -> Tensor:
-    gram_BRR, poly_BRR = squares
+def _standard(parts: list[Part], squares: Squares, rows: Rows, product: Product) -> list[Part]:
+    gram_GRR, poly_GRR = squares
     for a, b, c in rows:
-        product(x_BRL, x_BRL, out=gram_BRR)
-        product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b, out=poly_BRR)
-        torch.baddbmm(x_BRL, poly_BRR, x_BRL, beta=a, out=spare_BRL)
-        x_BRL, spare_BRL = spare_BRL, x_BRL
-    return x_BRL
+        for part in parts:
+            product(part.x_BRL, part.x_BRL, out=gram_GRR[part.place])
+        product(gram_GRR, gram_GRR, gram_GRR, alpha=c, beta=b, out=poly_GRR)
+        for x_BRL, spare_BRL, place in parts:
+            torch.baddbmm(x_BRL, poly_GRR[place], x_BRL, beta=a, out=spare_BRL)
+        parts = [part.swapped() for part in parts]
+    return parts
 
 
-def _gram(
-    x_BRL: Tensor, spare_BRL: Tensor, squares: Squares, rows: Rows, product: Product
-) -> Tensor:
+def _gram(parts: list[Part], squares: Squares, rows: Rows, product: Product) -> list[Part]:
     """Iterates on X X^T alone, applying the accumulated factor once a segment.
 
     Polynomials of one Gram matrix commute, so each of their products is symmetric.
 
     `a I` goes into the factor, never into the polynomial: rounding `a` there costs stability.
     """
-    gram_BRR, poly_BRR, factor_BRR, half_BRR = squares
+    gram_GRR, poly_GRR, factor_GRR, half_GRR = squares
     for segment in gram_segments(len(rows)):
-        product(x_BRL, x_BRL, out=gram_BRR)
+        for part in parts:
+            product(part.x_BRL, part.x_BRL, out=gram_GRR[part.place])
         for step in segment:
             a, b, c = rows[step]
-            product(gram_BRR, gram_BRR, gram_BRR, alpha=c, beta=b, out=poly_BRR)
+            product(gram_GRR, gram_GRR, gram_GRR, alpha=c, beta=b, out=poly_GRR)
             if step != segment[-1]:
-                product(gram_BRR, poly_BRR, gram_BRR, beta=a, out=half_BRR)
-                product(poly_BRR, half_BRR, half_BRR, beta=a, out=gram_BRR)
+                product(gram_GRR, poly_GRR, gram_GRR, beta=a, out=half_GRR)
+                product(poly_GRR, half_GRR, half_GRR, beta=a, out=gram_GRR)
             if step == segment[0]:
                 # The polynomial is not needed again: it becomes the factor where it lies.
-                factor_BRR, poly_BRR = poly_BRR, factor_BRR
-                factor_BRR.diagonal(dim1=-2, dim2=-1).add_(a)
+                factor_GRR, poly_GRR = poly_GRR, factor_GRR
+                factor_GRR.diagonal(dim1=-2, dim2=-1).add_(a)
             else:
-                product(factor_BRR, poly_BRR, factor_BRR, beta=a, out=half_BRR)
-                factor_BRR, half_BRR = half_BRR, factor_BRR
-        torch.bmm(factor_BRR, x_BRL, out=spare_BRL)
-        x_BRL, spare_BRL = spare_BRL, x_BRL
-    return x_BRL
+                product(factor_GRR, poly_GRR, factor_GRR, beta=a, out=half_GRR)
+                factor_GRR, half_GRR = half_GRR, factor_GRR
+        for x_BRL, spare_BRL, place in parts:
+            torch.bmm(factor_GRR[place], x_BRL, out=spare_BRL)
+        parts = [part.swapped() for part in parts]
+    return parts

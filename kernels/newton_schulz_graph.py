@@ -117,7 +117,7 @@ class GraphCache:
             views.append(self.block[begin : begin + used].view(key.dtype).view(shape))
             begin += size
         x_BMN, spare_BMN, *squares = views
-        return x_BMN, Workspace(spare_BMN, tuple(squares))
+        return x_BMN, Workspace((spare_BMN,), tuple(squares))
 
 
 def block_bytes(

@@ -77,18 +77,24 @@ class MuonRule:
             implementation=self.passes(out_BMN.device),
         )  # fmt: skip
 
-    def orthogonalize_(self, normal_BMN: Tensor) -> None:
-        """Replaces matrices of norm one by their orthogonal factors, not scaled, in place."""
+    def orthogonalize_(self, *batches: Tensor) -> None:
+        """Replaces matrices of norm one by their orthogonal factors, not scaled, in place.
+
+        Args:
+            batches: [B, M, N] of one device and dtype.
+        """
+        if not batches:
+            return
         products: Literal["auto", "torch", "symmetric"] = "auto"
         if self.kernels != "auto":
             products = "symmetric" if self.kernels == "triton" else "torch"
         orthogonalize_normal_(
-            normal_BMN,
+            *batches,
             num_steps=self.num_steps,
             coefficients=self.coefficients,
             method=self.method,
             products=products,
-            use_graphs=self.passes(normal_BMN.device) == "triton",
+            use_graphs=self.passes(batches[0].device) == "triton",
         )
 
     def apply_(

@@ -72,8 +72,7 @@ def step_units(steps: Sequence[UnitStep], rule: MuonRule, device: torch.device) 
         step, chunk, slices = current
         following = next(gathered, None)  # its slices travel while this chunk is worked on
         owned = _owned(step, chunk, slices, rule, device)
-        for shape in owned:
-            rule.orthogonalize_(owned[shape])
+        rule.orthogonalize_(*owned.values())
         dtype = iteration_dtype(device)
         updates = UpdatesFromOwners(owned, chunk, dtype, step.unit.process_group, device)
         _apply_at_home(step, chunk, owned, rule)

@@ -122,10 +122,11 @@ class Counted:
         self.events: list[tuple[str, int]] = []
         orthogonalize_, start = MuonRule.orthogonalize_, muon_exchange.Exchange.__init__
 
-        def counted_update(rule: MuonRule, batch: torch.Tensor) -> None:
-            self.num_orthogonalized += batch.shape[0]
-            self.events.append(("orthogonalize", batch.shape[0]))
-            orthogonalize_(rule, batch)
+        def counted_update(rule: MuonRule, *batches: torch.Tensor) -> None:
+            count = sum(len(batch) for batch in batches)
+            self.num_orthogonalized += count
+            self.events.append(("orthogonalize", count))
+            orthogonalize_(rule, *batches)
 
         def counted_start(
             exchange: Any, sent: list[list[torch.Tensor]], *rest: Any, **named: Any

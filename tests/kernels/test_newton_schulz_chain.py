@@ -110,6 +110,51 @@ def test_chunks_give_the_same_as_all_at_once(method: Any) -> None:
     assert not torch.equal(parts, x_BMN)
 
 
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_batches_of_one_short_side_together_give_the_same(method: Any, size: int) -> None:
+    batches = [batch(3, 24, 40, seed=1), batch(1, 24, 24, seed=2), batch(5, 64, 24, seed=3)]
+    expected = [x.clone() for x in batches]
+    for x_BMN in expected:
+        orthogonalize_normal_(x_BMN, method=method)
+    chains.iterate_together_(batches, Chain(method, "torch", ROWS), size)
+    for found, wanted in zip(batches, expected, strict=True):
+        # Library kernels depend on the batch size, as above.
+        assert float((found - wanted).norm() / wanted.norm()) < 485 * 2.0**-24
+
+
+@pytest.mark.parametrize(("size", "expected"), [(4, [4, 4, 1]), (9, [9]), (100, [9])])
+def test_parts_are_cut_across_batches(size: int, expected: list[int]) -> None:
+    batches = [torch.arange(3), torch.arange(3, 4), torch.arange(4, 9)]
+    parts = list(chains._cut(batches, size))
+    assert [sum(len(part) for part in group) for group in parts] == expected
+    assert torch.cat([part for group in parts for part in group]).tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_on_a_cpu_batches_go_one_by_one(at_once: int | None) -> None:
+    batches = [batch(3, 24, 40, seed=1), batch(2, 40, 24, seed=2), torch.zeros(0, 24, 30)]
+    expected = [x.clone() for x in batches]
+    for x_BMN in expected:
+        orthogonalize_normal_(x_BMN, at_once=at_once)
+    orthogonalize_normal_(*batches, at_once=at_once)
+    assert all(torch.equal(a, b) for a, b in zip(batches, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("shapes", [[(2, 2048, 2816), (3, 3072, 2048), (1, 2048, 2048)],
+                                    [(2, 64, 96), (1, 128, 64)]])  # fmt: skip
+def test_on_a_gpu_batches_together_are_as_right_as_apart(shapes: list[Any]) -> None:
+    batches = [batch(*shape, seed=i).cuda().half() for i, shape in enumerate(shapes)]
+    exact = [x.float() for x in batches]
+    for x_BMN in exact:
+        orthogonalize_normal_(x_BMN, products="torch")
+    orthogonalize_normal_(*batches, products="symmetric", use_graphs=True)
+    for found, wanted in zip(batches, exact, strict=True):
+        assert float((found.float() - wanted).norm() / wanted.norm()) < 5e-3
+
+
 @pytest.mark.parametrize("num_matrices", [8, 64])
 def test_a_step_allocates_by_the_chunk_and_not_by_the_model(num_matrices: int) -> None:
     """Beside masters, gradients and momentum: a batch and its workspace, here in float32."""
