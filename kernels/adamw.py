@@ -40,9 +40,10 @@ def adamw_step_(
 ) -> None:
     """Takes one step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) in float32, in place.
 
-    All contiguous and, but for `copy_P`, float32.
+    All contiguous and, but for gradient and copy, float32.
 
     Args:
+        gradient_P: of any floating dtype.
         average_P: the moving average of gradients.
         square_P: that of their squares.
         divisor: what the gradient is divided by first (clipping), float32, one element.
@@ -60,7 +61,7 @@ def adamw_step_(
     steps = torch.full((), float(rule.step - 1), dtype=torch.float32, device=weight_P.device)
     adamw(
         [weight_P],
-        [gradient_P],
+        [gradient_P.to(weight_P.dtype)],
         [average_P],
         [square_P],
         [],

@@ -64,7 +64,7 @@ def _step_kernel(
     """Moments without their start at zero: `rate` and `root_scale` carry the corrections."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_elements
-    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_DIVISOR:
         gradient /= tl.load(divisor_ptr)
     average = tl.load(average_ptr + at, mask=inside, other=0.0)

@@ -105,19 +105,27 @@ def mix_matrices_(
     *,
     nesterov: bool,
     divisor: Tensor | None = None,
+    out_BMN: Tensor | None = None,
     implementation: Implementation = "torch",
 ) -> Tensor | None:
     """As `mix_momentum_`, of whole matrices; returns what spares `normalize_into` a pass, if any.
 
     That are sums of squares of each direction's blocks, float64, added up while they are written.
+
+    Args:
+        gradient_BMN: of any floating dtype where `out_BMN` is given.
+        out_BMN: float32, contiguous: what gets the directions; by default the gradient.
     """
     if divisor is not None:
         divisor = divisor.to(gradient_BMN.device)
     if implementation == "triton":
         squares_BS: Tensor = _triton().mix_matrices_(
-            gradient_BMN, buffer_BMN, momentum, nesterov=nesterov, divisor=divisor
-        )
+            gradient_BMN, buffer_BMN, momentum,
+            nesterov=nesterov, divisor=divisor, out_BMN=out_BMN,
+        )  # fmt: skip
         return squares_BS
+    if out_BMN is not None:
+        gradient_BMN = out_BMN.copy_(gradient_BMN)
     mix_momentum_(gradient_BMN, buffer_BMN, momentum, nesterov=nesterov, divisor=divisor)
     return None
 

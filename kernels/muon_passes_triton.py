@@ -29,7 +29,7 @@ def mix_momentum_(
     divisor: Tensor | None = None,
 ) -> None:
     """See `muon_passes.mix_momentum_`."""
-    _mix_(gradient_P, buffer_P, momentum, 1, nesterov, divisor, None)
+    _mix_(gradient_P, buffer_P, gradient_P, momentum, 1, nesterov, divisor, None)
 
 
 def mix_matrices_(
@@ -39,16 +39,20 @@ def mix_matrices_(
     *,
     nesterov: bool,
     divisor: Tensor | None = None,
+    out_BMN: Tensor | None = None,
 ) -> Tensor:
     """See `muon_passes.mix_matrices_`."""
     squares_BS = _empty_squares(gradient_BMN)
-    _mix_(gradient_BMN, buffer_BMN, momentum, len(gradient_BMN), nesterov, divisor, squares_BS)
+    out_BMN = gradient_BMN if out_BMN is None else out_BMN
+    count = len(gradient_BMN)
+    _mix_(gradient_BMN, buffer_BMN, out_BMN, momentum, count, nesterov, divisor, squares_BS)
     return squares_BS
 
 
 def _mix_(
     gradient: Tensor,
     buffer: Tensor,
+    direction: Tensor,
     momentum: float,
     num_matrices: int,
     nesterov: bool,
@@ -61,7 +65,7 @@ def _mix_(
     num_blocks = ceil_div(size, BLOCK)
     launch(
         _mix_kernel, (num_matrices * num_blocks,),
-        gradient, buffer, gradient if divisor is None else divisor,
+        gradient, buffer, direction, gradient if divisor is None else divisor,
         gradient if squares_BS is None else squares_BS, size, num_blocks, momentum,
         HAS_DIVISOR=divisor is not None, NESTEROV=nesterov, HAS_SQUARES=squares_BS is not None,
         BLOCK=BLOCK, num_warps=NUM_WARPS,
@@ -130,6 +134,7 @@ def _place(size, num_blocks, BLOCK: tl.constexpr):
 def _mix_kernel(
     gradient_ptr,
     buffer_ptr,
+    direction_ptr,
     divisor_ptr,
     squares_ptr,
     size,
@@ -150,7 +155,7 @@ def _mix_kernel(
     direction = average
     if NESTEROV:
         direction = average - (average - gradient) * (1 - momentum)
-    tl.store(gradient_ptr + at, direction, mask=inside)
+    tl.store(direction_ptr + at, direction, mask=inside)
     if HAS_SQUARES:
         _store_squares(squares_ptr, direction)
 

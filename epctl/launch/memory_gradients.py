@@ -107,9 +107,10 @@ def _gradients_zero12(local: LocalCounts, plan: RankPlan) -> Iterator[Term]:
         elements = local.trained(attribute, own)
         if elements:
             what = "partition" if compact else "Parameters that its partition touches"
+            width = plan.kept_gradient_bytes(part) if compact else plan.gradient_bytes
             yield Term(
-                f"gradients, {part}", "gradients", plan.gradient_bytes * elements,
-                f"{plan.gradient_bytes} B x trained {part}: the rank's {what}",
+                f"gradients, {part}", "gradients", width * elements,
+                f"{width} B x trained {part}: the rank's {what}",
                 _alive(plan) | (Phase.FIRST_BACKWARD if part == "dense" else Phase(0)),
                 values={"elements": elements},
             )  # fmt: skip

@@ -64,6 +64,7 @@ class RankPlan:
     recomputes_experts: bool = False
     offload: bool = False
     optimizer: str = "muon"
+    own_optimizer: bool = True
     momentum_bytes: int = 4
     sp: int = 1
     bfloat16: bool = True
@@ -111,6 +112,18 @@ class RankPlan:
         """Bytes of an accumulated gradient."""
         return self.engine.gradient_bytes
 
+    def kept_gradient_bytes(self, part: str) -> int:
+        """Bytes of a gradient that waits for the step at ZeRO-2.
+
+        One micro-step's stays in the model's dtype where no other rank adds to it and its share of
+        the mean is exact there (runtime/deepspeed_gradients.py).
+        """
+        alone = self.num_ranks == 1 or (part == "experts" and self.edp == 1)
+        is_exact = self.num_ranks & (self.num_ranks - 1) == 0
+        if self.accumulation > 1 or not (alone and is_exact and self.own_optimizer):
+            return self.gradient_bytes
+        return min(self.width, self.gradient_bytes)
+
     @property
     def uses_bf16_optimizer(self) -> bool:
         """ZeRO-1 with float32 accumulation: DeepSpeed's BF16_Optimizer, gradients unpartitioned."""
@@ -145,6 +158,7 @@ def rank_plan(
         recomputes_experts=config.moe.recompute == "activation",
         offload=optim.offload,
         optimizer="adamw" if optim.name == "adamw" else "muon",
+        own_optimizer=optim.name != "deepspeed-muon",
         momentum_bytes=2 if optim.momentum_dtype == "bfloat16" else 4,
         sp=config.parallel.sp,
         bfloat16=bfloat16,

@@ -136,11 +136,13 @@ class GradientObserver:
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # epctl's own clips as it reads; DeepSpeed's gets gradients that are clipped.
-        divisor = optimizer.divisor if isinstance(optimizer, MatrixOptimizer) else 1.0
+        own = optimizer if isinstance(optimizer, MatrixOptimizer) else None
+        divisor = 1.0 if own is None else own.divisor
         for group in optimizer.param_groups:
             for flat in group["params"]:
-                if flat.grad is not None:
-                    self._add(self.partitions[id(flat)], flat.grad.view(-1), divisor)
+                gradient = flat.grad if own is None else own.gradient_of(flat)
+                if gradient is not None:
+                    self._add(self.partitions[id(flat)], gradient.view(-1), divisor)
 
     def _add(self, partition: seams.FlatPartition, gradient: Tensor, divisor: float) -> None:
         for fragment in partition.fragments_by_rank[partition.group_rank]:

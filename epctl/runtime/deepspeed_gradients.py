@@ -10,6 +10,7 @@ function here takes such passes away and leaves the result; `complete_offloaded`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,20 +29,28 @@ from epctl.kernels.gradient_share import add_share_
 NORM_ROW = 4096  # elements whose squares are added up in float32
 
 
-def shorten_gradients(engine: Any, divide_gradients_by: Callable[[Tensor | None], None]) -> None:
+def shorten_gradients(
+    engine: Any,
+    divide_gradients_by: Callable[[Tensor | None], None],
+    *,
+    takes_any_dtype: bool = False,
+) -> None:
     """Takes out of a ZeRO engine every pass over gradients that its optimizer can do without.
 
     Args:
         divide_gradients_by: what the optimizer is told by, for clipping and unscaling.
+        takes_any_dtype: the step hands it gradients as they are; where there is but one
+            micro-step nothing is added up, and they stay in the model's dtype.
     """
     zero = engine.optimizer
+    is_sum = engine.gradient_accumulation_steps() > 1 or not takes_any_dtype
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         _accumulate_whole_zero3(zero)
         _norm_at_once_zero3(zero)
         _step_in_place_zero3(zero)
     elif isinstance(zero, DeepSpeedZeroOptimizer):
         _check_finite_by_norm(zero)
-        _accumulate_whole_zero2(zero)
+        _accumulate_whole_zero2(zero, is_sum)
         _end_backward_on_device_zero12(zero)
         _norm_at_once_zero12(zero)
     else:
@@ -109,12 +118,15 @@ def _alone_zero3(zero: Any, parameter: nn.Parameter) -> bool:
     return bool(dist.get_world_size(zero._get_param_partition_group(parameter)) == 1)
 
 
-def _accumulate_whole_zero2(zero: Any) -> None:
+def _accumulate_whole_zero2(zero: Any, is_sum: bool) -> None:
     """Has ZeRO-2 add the gradient of a Parameter that one rank holds to where it belongs, at once.
 
     See `_accumulate_whole_zero3`; `process_gradients` of zero/stage_1_and_2.py. What a first
-    gradient is written to is not filled with zeros before it.
+    gradient is written to is not filled with zeros before it, and is in its own dtype if no other
+    is added to it: a share that is a power of two is exact there.
     """
+    share = float(zero.sequence_parallel_size) / dist.get_world_size(zero.dp_process_group)
+    keeps_dtype = not is_sum and math.frexp(share)[0] == 0.5
     usual, end_backward = zero.process_gradients, zero.independent_gradient_partition_epilogue
     unwritten: dict[int, dict[int, Tensor]] = {}
 
@@ -127,10 +139,10 @@ def _accumulate_whole_zero2(zero: Any) -> None:
         assert not zero.params_already_reduced[number]
         zero.params_already_reduced[number] = True
         if zero.averaged_gradients.get(group) is None:
-            zero.averaged_gradients[group], unwritten[group] = _whole_group(zero, group)
+            dtype = parameter.dtype if keeps_dtype else zero.gradient_accumulation_dtype
+            zero.averaged_gradients[group], unwritten[group] = _whole_group(zero, group, dtype)
         target = zero._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
         first = unwritten.get(group, {}).pop(number, None) is not None
-        share = float(zero.sequence_parallel_size) / dist.get_world_size(zero.dp_process_group)
         stream = zero.reduction_stream if zero.overlap_comm else get_accelerator().current_stream()
         _accumulate(target.view(parameter.shape), parameter, share, first, stream)
 
@@ -170,14 +182,12 @@ def _end_backward_on_device_zero12(zero: Any) -> None:
     zero.independent_gradient_partition_epilogue = epilogue
 
 
-def _whole_group(zero: Any, group: int) -> tuple[Any, dict[int, Tensor]]:
+def _whole_group(zero: Any, group: int, dtype: torch.dtype) -> tuple[Any, dict[int, Tensor]]:
     """Returns room for a group's gradients, as ZeRO builds it, and what of it holds nothing yet.
 
     All of the group is in the one partition there is (`_build_compact_grad_partition_buffer`).
     """
-    flat = torch.empty(
-        int(zero.partition_size[group]), dtype=zero.gradient_accumulation_dtype, device=zero.device
-    )
+    flat = torch.empty(int(zero.partition_size[group]), dtype=dtype, device=zero.device)
     views, unwritten, end = [], {}, 0
     for parameter in zero.params_in_partition[group]:
         number = zero.get_param_id(parameter)

@@ -16,6 +16,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from epctl.runtime.deepspeed_seams import is_expert_parameter
+
 
 def weights_written_by_optimizer(engine: Any) -> dict[int, Tensor]:
     """Has ZeRO leave it to its client optimizer to write what the model computes with.
@@ -104,7 +106,8 @@ def _order(zero: Any) -> list[int]:
     small: list[int] = []
     for index, group in enumerate(zero.optimizer.param_groups):
         travels = dist.get_world_size(zero.real_dp_process_group[index]) > 1
-        if travels and group.get("kind") == "muon" and not zero.is_moe_param_group[index]:
+        is_expert = is_expert_parameter(zero.bit16_groups[index][0])
+        if travels and group.get("kind") == "muon" and not is_expert:
             small.append(index)
         else:
             (gathered if travels else alone).append(index)
@@ -124,14 +127,18 @@ def _step_group(zero: Any, index: int, norm: Tensor) -> None:
             )
         else:
             gradient = zero.flatten(zero.averaged_gradients[index])
-    master.grad = gradient.to(master.dtype)
-    assert master.grad.numel() == zero.partition_size[index]
+    assert gradient.numel() == zero.partition_size[index]
+    if dist.get_world_size(zero.real_dp_process_group[index]) == 1:
+        zero.optimizer.take_gradient(master, gradient)  # in its own dtype
+    else:
+        master.grad = gradient.to(master.dtype)
     del gradient
     zero.free_grad_in_param_list(zero.params_in_partition[index])
     zero._release_preflattened_grad_buffers(index)
     zero.averaged_gradients[index] = zero.all_grad_tensors[index] = None
-    zero.unscale_and_clip_grads([master.grad], norm)
+    zero.unscale_and_clip_grads([master.grad], norm)  # tells the optimizer of the norm alone
     zero._optimizer_step(index)
+    zero.optimizer.take_gradient(master, None)
     master.grad = None
 
 

@@ -75,8 +75,8 @@ def create_engine(
         )
     optimizer = optimizers[-1]
     complete_offloaded(engine)
-    shorten_gradients(engine, optimizer.divide_gradients_by)
     copies = weights_written_by_optimizer(engine)
+    shorten_gradients(engine, optimizer.divide_gradients_by, takes_any_dtype=bool(copies))
     optimizer.wire(seams.flat_partitions(engine), engine.device, copies)
     interval = 1 if config.optim.qk_clip is not None else config.optim.attention_logit_interval
     if interval:

@@ -60,12 +60,20 @@ class MuonRule:
         )  # fmt: skip
 
     def mix_matrices_(
-        self, gradient_BMN: Tensor, buffer_BMN: Tensor, divisor: Tensor | None = None
+        self,
+        gradient_BMN: Tensor,
+        buffer_BMN: Tensor,
+        divisor: Tensor | None = None,
+        out_BMN: Tensor | None = None,
     ) -> Tensor | None:
-        """As `mix_momentum_`, of whole matrices; returns their squares where they cost nothing."""
+        """As `mix_momentum_`, of whole matrices; returns their squares where they cost nothing.
+
+        Args:
+            out_BMN: float32, gets the directions in the gradient's place.
+        """
         return mix_matrices_(
             gradient_BMN, buffer_BMN, self.momentum, nesterov=self.nesterov, divisor=divisor,
-            implementation=self.passes(gradient_BMN.device),
+            out_BMN=out_BMN, implementation=self.passes(gradient_BMN.device),
         )  # fmt: skip
 
     def normalize_into(

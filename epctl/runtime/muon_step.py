@@ -19,6 +19,7 @@ from epctl.runtime.muon_exchange import (
     Batches,
     Chunk,
     Piece,
+    Run,
     SlicesToOwners,
     UpdatesFromOwners,
     part_of,
@@ -37,7 +38,8 @@ class UnitStep:
     """A unit and what this step does to it; lists go with the unit's flat tensors.
 
     Attributes:
-        gradients: flat float32 tensors that are turned into directions in place.
+        gradients: flat float32 tensors that are turned into directions in place; or of another
+            dtype and left as they are, where every matrix is whole at home.
         buffers: momentum.
         divisor: of the gradients, one element; None is one.
         copies: what the model computes with, written with the masters; None for none at all.
@@ -100,17 +102,31 @@ def _mix(step: UnitStep, rule: MuonRule) -> dict[int, Tensor | None]:
     runs = [run for chunk in step.unit.chunks for run in chunk.runs if run.num_elements >= LARGE]
     squares: dict[int, Tensor | None] = {}
     for tensor, (gradient, buffer) in enumerate(zip(step.gradients, step.buffers, strict=True)):
+        if gradient.dtype != torch.float32:
+            continue  # what will be the direction takes memory: by the chunk
         begin, flat, average = 0, gradient.view(-1), buffer.view(-1)
         for run in sorted((r for r in runs if r.tensor == tensor), key=lambda r: r.offset):
             rule.mix_momentum_(flat[begin : run.offset], average[begin : run.offset], step.divisor)
-            mixed, momentum = (
-                run_of(flats, run).view(run.count, *run.shape)
-                for flats in (step.gradients, step.buffers)
-            )
-            squares[id(run)] = rule.mix_matrices_(mixed, momentum, step.divisor)
+            squares[id(run)] = rule.mix_matrices_(*_matrices(step, run), step.divisor)
             begin = run.offset + run.num_elements
         rule.mix_momentum_(flat[begin:], average[begin:], step.divisor)
     return squares
+
+
+def _matrices(step: UnitStep, run: Run) -> tuple[Tensor, Tensor]:
+    """Returns gradients and momentum of a run, [B, M, N]."""
+    shape = run.count, *run.shape
+    return run_of(step.gradients, run).view(shape), run_of(step.buffers, run).view(shape)
+
+
+def _normalize_run(step: UnitStep, run: Run, target_BMN: Tensor, rule: MuonRule) -> None:
+    source_BMN, momentum_BMN = _matrices(step, run)
+    squares_BS = step.squares.get(id(run))
+    if source_BMN.dtype != torch.float32:
+        mixed_BMN = torch.empty_like(source_BMN, dtype=torch.float32)
+        squares_BS = rule.mix_matrices_(source_BMN, momentum_BMN, step.divisor, mixed_BMN)
+        source_BMN = mixed_BMN
+    rule.normalize_into(source_BMN, target_BMN, squares_BS)
 
 
 def _owned(
@@ -123,9 +139,8 @@ def _owned(
         for shape, count in chunk.num_owned.items()
     }
     for run in chunk.runs:
-        source = run_of(step.gradients, run).view(run.count, *run.shape)
-        target = owned[run.shape][run.index : run.index + run.count]
-        rule.normalize_into(source, target, step.squares.get(id(run)))
+        target_BMN = owned[run.shape][run.index : run.index + run.count]
+        _normalize_run(step, run, target_BMN, rule)
     for shape, batch_BMN in slices.assemble().items():
         for matrix_MN, index in zip(batch_BMN, chunk.assembled[shape], strict=True):
             rule.normalize_into(matrix_MN[None], owned[shape][index : index + 1])

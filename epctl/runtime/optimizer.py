@@ -62,6 +62,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._device = torch.device("cpu")
         self._partitions: dict[int, FlatPartition] | None = None
         self._copies: dict[int, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}
         self._units: list[MuonUnit] = []
         self._row_factors: dict[int, Tensor] = {}
         self._skips_steps = False
@@ -138,6 +139,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         self._divisor = divisor
 
+    def take_gradient(self, flat: Tensor, gradient: Tensor | None) -> None:
+        """Says what the gradient of a flat tensor is, in place of its `grad`; None is that again.
+
+        Args:
+            gradient: as many elements, of any floating dtype (`grad` can only be float32), of a
+                tensor that this rank alone holds.
+        """
+        if gradient is None:
+            self._gradients.pop(id(flat), None)
+        else:
+            self._gradients[id(flat)] = gradient
+
+    def gradient_of(self, flat: Tensor) -> Tensor | None:
+        """Returns what the next step takes for a flat tensor's gradient, not yet divided."""
+        return self._gradients.get(id(flat), flat.grad)
+
     @property
     def divisor(self) -> float:
         """What gradients are divided by as they are read; the host waits for it."""
@@ -180,18 +197,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
         step_units(steps, self.rule, self._device)
         for group in self.param_groups:
             for flat in group["params"]:
-                if group["kind"] == "adamw" and flat.grad is not None:
-                    self._step_adamw(flat, group)
+                gradient = self.gradient_of(flat)
+                if group["kind"] == "adamw" and gradient is not None:
+                    self._step_adamw(flat, gradient, group)
                 self._scale_rows(flat)
 
-    def _step_adamw(self, flat: Tensor, group: dict[str, Any]) -> None:
+    def _step_adamw(self, flat: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """One pass over gradient, master, both moments and what the model computes with."""
         state = self.state[flat]
         state["step"] += 1  # counted on the host
         beta1, beta2 = group["betas"]
         adamw_step_(
             flat,
-            flat.grad.to(flat.dtype).contiguous(),  # type: ignore[union-attr]
+            gradient.detach().contiguous(),
             state["exp_avg"],
             state["exp_avg_sq"],
             AdamWRule(
@@ -224,10 +242,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _gradient(self, flat: Tensor) -> Tensor:
         """Returns the gradient in float32, which the step writes Muon's direction over.
 
-        Without one (an expert no token reached) it is zero: the momentum goes on alone.
+        Without one (an expert no token reached) it is zero: the momentum goes on alone. One that
+        was handed in stays in its dtype.
         """
-        gradient = torch.zeros_like(flat) if flat.grad is None else flat.grad
-        return gradient.detach().to(torch.float32).contiguous()
+        gradient = self.gradient_of(flat)
+        if id(flat) not in self._gradients:
+            gradient = (torch.zeros_like(flat) if gradient is None else gradient).float()
+        assert gradient is not None
+        return gradient.detach().contiguous()
 
     def _scale_rows(self, flat: Tensor) -> None:
         assert self._partitions is not None

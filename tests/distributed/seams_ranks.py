@@ -59,20 +59,28 @@ SHORTENED = {
 WAYS: dict[str, dict[str, Any]] = {
     "shared": {"ep": 2},
     "alone": {"ep": 4, "bfloat16": True, "accumulation": 2},
+    "alone at once": {"ep": 4, "bfloat16": True, "steps": 1},  # then roundings of weights part
     "nothing else": {"ep": 4, "bfloat16": True, "trainable": "experts"},
 }
+DENSE = {"first_k_dense_replace": 99}  # no experts: the engine then has no tables of them
 ANOTHER_CLASS = [(1, "alone"), (1, "nothing else")]  # bf16_optimizer.py, left as it is
 PARTS = ("experts", "attention", r"layers\.1\.")
 
 
 def make(
-    zero: int, ep: int, *, bfloat16: bool = False, trainable: str = "all", **case: Any
+    zero: int,
+    ep: int,
+    *,
+    bfloat16: bool = False,
+    trainable: str = "all",
+    model: dict[str, Any] | None = None,
+    **case: Any,
 ) -> tuple[Any, Any, Any, Any, Any]:
     config = case_config({"zero": zero, "ep": ep, **case}, dist.get_world_size())
     mesh = seams.create_mesh(ep)
     ds_config = deepspeed_config(config, bfloat16=bfloat16, on_cpu=True)
-    model = build_model(
-        tiny_config(),
+    built = build_model(
+        tiny_config(**(model or {})),
         mesh,
         RandomWeights(seed=1, std=0.08),
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
@@ -80,7 +88,7 @@ def make(
         zero3_config=ds_config if zero == 3 else None,
         trainable=trainable,
     )
-    engine, optimizer, scheduler = create_engine(model, config, ds_config)
+    engine, optimizer, scheduler = create_engine(built, config, ds_config)
     return config, mesh, engine, optimizer, scheduler
 
 
@@ -256,8 +264,8 @@ def nan_on_one_rank(zero: int) -> dict[str, Any]:
     return {"skipped": skipped, "finite": finite, "after": after["dense"], "looked": looked}
 
 
-def lean_and_plain_steps(zero: int, **case: Any) -> dict[str, Any]:
-    """Two clipped steps with gradients on epctl's short way, and two on ZeRO's own."""
+def lean_and_plain_steps(zero: int, steps: int = 2, **case: Any) -> dict[str, Any]:
+    """Some clipped steps with gradients on epctl's short way, and two on ZeRO's own."""
     found: dict[str, Any] = {}
     # The Parameters of a small model have rows too.
     usual, deepspeed_gradients.NORM_ROW = deepspeed_gradients.NORM_ROW, 16
@@ -269,13 +277,21 @@ def lean_and_plain_steps(zero: int, **case: Any) -> dict[str, Any]:
             optimizer._copies.clear()
             for name in SHORTENED[stage]:
                 own.pop(name, None)
-        steps = [rank_batches(number, config) for number in range(2)]
-        norms = [train_step(engine, scheduler, batches, config, mesh)[1] for batches in steps]
+        given: set[str] = set()
+        take = optimizer.take_gradient
+        optimizer.take_gradient = lambda flat, gradient, take=take, given=given: (
+            given.add(str(getattr(gradient, "dtype", None))) or take(flat, gradient)
+        )
+        norms = [
+            train_step(engine, scheduler, rank_batches(number, config), config, mesh)[1]
+            for number in range(steps)
+        ]
         found[way] = {
             "norms": norms,
             # Updates do not tell a gradient from half of it; what both optimizers remember does.
-            "tensors": [*snapshot(engine).values(), *moments(optimizer)],
+            "tensors": [*masters(engine), *moments(optimizer)],
             "divisor": optimizer.divisor,
+            "given": sorted(given - {"None"}),
         }
         engine.destroy()
     deepspeed_gradients.NORM_ROW = usual
@@ -284,12 +300,12 @@ def lean_and_plain_steps(zero: int, **case: Any) -> dict[str, Any]:
     return found | {"difference": max(float((a - b).norm() / b.norm()) for a, b in pairs)}
 
 
-def weights_of_masters(zero: int) -> dict[str, int]:
+def weights_of_masters(zero: int, **case: Any) -> dict[str, int]:
     """Elements of the model, and those that are not their master rounded, after rows were scaled.
 
     The optimizer writes both; ZeRO gathers the weights but copies none.
     """
-    config, mesh, engine, optimizer, scheduler = make(zero, 2, bfloat16=True)
+    config, mesh, engine, optimizer, scheduler = make(zero, bfloat16=True, **case)
     weight = engine.module.model.layers[0].self_attn.o_proj.weight
     rows = torch.full((seams.full_shape(weight)[0],), 0.25)
     optimizer.scale_rows_after_step({id(weight): rows})
@@ -357,6 +373,10 @@ def moment_length(engine: Any, optimizer: Any, parameter: nn.Parameter) -> float
     return float(square.sqrt())
 
 
+def masters(engine: Any) -> list[torch.Tensor]:
+    return [partition.flat.detach().clone() for partition in seams.flat_partitions(engine)]
+
+
 def moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     names = ("momentum_buffer", "exp_avg", "exp_avg_sq")
     return [state[name] for state in optimizer.state.values() for name in names if name in state]
@@ -399,7 +419,8 @@ def main(folder: Path) -> None:
         result[f"partitions{zero}"] = partitions_cover_everything(zero)
         if zero:
             result[f"nan{zero}"] = nan_on_one_rank(zero)
-            result[f"written{zero}"] = weights_of_masters(zero)
+            result[f"written{zero}"] = weights_of_masters(zero, ep=2)
+            result[f"written{zero} dense"] = weights_of_masters(zero, ep=1, model=DENSE)
             for name, case in WAYS.items():
                 if (zero, name) not in ANOTHER_CLASS:
                     result[f"lean{zero} {name}"] = lean_and_plain_steps(zero, **case)

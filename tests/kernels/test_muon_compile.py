@@ -110,8 +110,9 @@ PASSES = {
     "mix float32": (
         "_mix_kernel",
         {
-            "gradient_ptr": "*fp32",
+            "gradient_ptr": "*bf16",
             "buffer_ptr": "*fp32",
+            "direction_ptr": "*fp32",
             "divisor_ptr": "*fp32",
             "squares_ptr": "*fp64",
         },
@@ -121,6 +122,7 @@ PASSES = {
         {
             "gradient_ptr": "*fp32",
             "buffer_ptr": "*bf16",
+            "direction_ptr": "*fp32",
             "divisor_ptr": "*fp32",
             "squares_ptr": "*fp64",
         },

@@ -154,6 +154,40 @@ def test_momentum_of_matrices_and_their_norms(
 
 
 @pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=here)])
+def test_directions_beside_a_gradient_of_another_dtype(
+    implementation: Implementation, device: torch.device
+) -> None:
+    """As if it had been widened; it stays as it was."""
+    gradient = random(device, 3, 7, 301).bfloat16()
+    buffer = random(device, 3, 7, 301, seed=1)
+    expected, average, before = gradient.float(), buffer.clone(), gradient.clone()
+    mix_matrices_(expected, average, 0.95, nesterov=True, implementation=implementation)
+    found, around = within(torch.full((3, 7, 301), torch.nan, device=device))
+    mix_matrices_(
+        gradient, buffer, 0.95, nesterov=True, out_BMN=found, implementation=implementation
+    )
+    assert torch.equal(found, expected)
+    assert torch.equal(buffer, average)
+    assert torch.equal(gradient, before)
+    assert_borders(around)
+
+
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=here)])
+def test_adamw_of_a_gradient_of_another_dtype(
+    implementation: Implementation, device: torch.device
+) -> None:
+    rule = AdamWRule(step=3, rate=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)
+    gradient = random(device, 5000).bfloat16()
+    results = []
+    for given in (gradient, gradient.float()):
+        weight, average = random(device, 5000, seed=1), random(device, 5000, seed=2)
+        square = random(device, 5000, seed=3).square()
+        adamw_step_(weight, given, average, square, rule, implementation=implementation)
+        results.append((weight, average, square))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=here)])
 def test_a_copy_of_the_new_weight(implementation: Implementation, device: torch.device) -> None:
     weight, update = random(device, 5000), random(device, 5000, seed=1) / 30
     copy, around = within(torch.full((5000,), torch.nan, dtype=torch.bfloat16, device=device))
