@@ -15,6 +15,9 @@ from torch.optim.adamw import adamw
 
 from epctl.kernels.muon_passes import Implementation
 
+# Elements that torch steps on at once: bounds the float32 copy of a gradient of another dtype.
+PART_ELEMENTS = 2**26
+
 
 class AdamWRule(NamedTuple):
     """What a step needs beside tensors; `step` counts this one, from 1."""
@@ -57,7 +60,25 @@ def adamw_step_(
 
         step_(weight_P, gradient_P, average_P, square_P, rule, divisor, copy_P)
         return
-    # The kernel wants the number of steps before this one beside the master.
+    for begin in range(0, weight_P.numel(), PART_ELEMENTS):
+        parts = (
+            x.view(-1)[begin : begin + PART_ELEMENTS]
+            for x in (weight_P, gradient_P, average_P, square_P)
+        )
+        _torch_step_(rule, divisor, *parts)
+    if copy_P is not None:
+        copy_P.copy_(weight_P)
+
+
+def _torch_step_(
+    rule: AdamWRule,
+    divisor: Tensor | None,
+    weight_P: Tensor,
+    gradient_P: Tensor,
+    average_P: Tensor,
+    square_P: Tensor,
+) -> None:
+    # The kernel wants the number of steps before this one beside the master, and counts it on.
     steps = torch.full((), float(rule.step - 1), dtype=torch.float32, device=weight_P.device)
     adamw(
         [weight_P],
@@ -76,5 +97,3 @@ def adamw_step_(
         eps=rule.eps,
         maximize=False,
     )
-    if copy_P is not None:
-        copy_P.copy_(weight_P)

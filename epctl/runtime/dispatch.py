@@ -261,19 +261,22 @@ def recallable(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
 Counts = tuple[RowSplits, int]
 
 
-def exchange_counts(sent_P2: Tensor, group: dist.ProcessGroup) -> Callable[[], Counts]:
+def exchange_counts(
+    sent_P2: Tensor, experts_TK: Tensor, group: dist.ProcessGroup
+) -> Callable[[], Counts]:
     """Tells every rank how many rows come from whom: one exchange, one host synchronisation.
 
     A recomputation does neither: its forward knew.
 
     Args:
         sent_P2: how many rows and how many choices go to each rank.
+        experts_TK: what was counted; a recomputation must have chosen the same.
 
     Returns what waits for the rows, and for how many choices are coming to this rank's experts.
     """
     if replay.is_known():
-        counts, counted_P2 = replay.recall()
-        same = (counted_P2 == sent_P2).all()
+        counts, chosen_TK = replay.recall()
+        same = (chosen_TK == experts_TK).all()
         torch._assert_async(same, "a recomputed router chose other experts than its forward")
         return lambda: cast(Counts, counts)
     received_P2 = torch.empty_like(sent_P2)
@@ -283,7 +286,7 @@ def exchange_counts(sent_P2: Tensor, group: dist.ProcessGroup) -> Callable[[], C
     def finish() -> Counts:
         (sent, _), (received, held) = counts()
         found = RowSplits(sent, received, group), sum(held)
-        replay.note((found, sent_P2))
+        replay.note((found, experts_TK))
         return found
 
     return finish
@@ -338,7 +341,7 @@ def dispatch(
     """
     num_tokens, num_places = len(x_TD), dist.get_world_size(group)
     choices = count_choices(experts_TK, num_local_experts, num_places)
-    finish_counts = exchange_counts(choices.sent_P2, group)
+    finish_counts = exchange_counts(choices.sent_P2, experts_TK, group)
     write = functools.partial(write_messages, experts_TK, weights_TK, choices, num_local_experts)
     most_rows = num_tokens * min(num_places, experts_TK.shape[1])
     taken_SD = None

@@ -172,6 +172,22 @@ def test_directions_beside_a_gradient_of_another_dtype(
     assert_borders(around)
 
 
+def test_torchs_adamw_takes_parts_of_a_tensor(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = AdamWRule(step=3, rate=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)
+    results = []
+    for part in (2**26, 999):
+        monkeypatch.setattr("epctl.kernels.adamw.PART_ELEMENTS", part)
+        weight, gradient, average = (random(device, 50, 100, seed=i) for i in range(3))
+        square = random(device, 50, 100, seed=3).square()
+        adamw_step_(weight, gradient, average, square, rule, divisor=torch.tensor(2.0))
+        results.append((weight, average, square))
+    # To the roundings of its vectors and of what is left over at an end.
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2.0**-21, atol=2.0**-24)
+
+
 @pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=here)])
 def test_adamw_of_a_gradient_of_another_dtype(
     implementation: Implementation, device: torch.device

@@ -150,15 +150,18 @@ def test_rows_made_before_the_host_knows_how_many(
     assert torch.equal(weights_TK.grad, goes.expand(9, 3))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("as_many", [False, True])
 def test_a_router_that_chooses_otherwise_in_recomputation_is_told(
-    alone: dist.ProcessGroup,
+    alone: dist.ProcessGroup, as_many: bool
 ) -> None:
-    def dropping(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        if recomputing():
+    def other(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        if recomputing() and as_many:
+            experts_TK = experts_TK.roll(1, dims=0)
+        elif recomputing():
             experts_TK = experts_TK.masked_fill(experts_TK == experts_TK[0, 0], -1)
         return layer(alone, [])(x_TD, weights_TK, experts_TK)
 
-    y_TD = checkpoint(dropping, *inputs(), **OPTIONS)
+    y_TD = checkpoint(other, *inputs(), **OPTIONS)
     with pytest.raises(RuntimeError, match="chose other experts"):
         y_TD.sum().backward()
 

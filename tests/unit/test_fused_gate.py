@@ -99,15 +99,35 @@ class Clamping(Gated):
         return y.clamp(-1.0, 1.0)
 
 
+class ClampingLate(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x).clamp(max=1000.0), self.up_proj(x).clamp(-1000.0, 1000.0)
+        result: Tensor = self.down_proj(nn.functional.silu(gate) * up)
+        return result
+
+
+class Scaling(Gated):
+    """Its second input is optional: a probe would never see it."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(x)
+
+
 class Residual(Gated):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return x + scale * super().forward(x)
 
 
-@pytest.mark.parametrize("other", [Dropping, Clamping, Residual])
+@pytest.mark.parametrize("other", [Dropping, Clamping, ClampingLate, Scaling, Residual])
 def test_what_computes_more_stays(other: type[Gated]) -> None:
     assert fuse_gates(other()) == 0
     assert fuse_gates(Gated()) == 1
+
+
+def test_a_probe_leaves_dropout_as_it_is() -> None:
+    for made in (Gated(drop=nn.Dropout(0.1)), Clamping(drop=nn.Dropout(0.1))):
+        fuse_gates(made)
+        assert made.drop.training
 
 
 def test_what_holds_more_stays() -> None:
