@@ -246,8 +246,11 @@ class _Recall(torch.autograd.Function):
 def recallable(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """Returns `x`, and what makes the checkpointed layer around it again, in backward.
 
-    Elsewhere than in a layer to recompute the call does nothing.
+    Elsewhere than in a layer to recompute the call does nothing, nor where `x` wants no gradient:
+    autograd then keeps nothing, and torch 2.11 refuses to be asked.
     """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x, lambda: None
     recalled: list[Any] = []
     x = cast(Tensor, _Recall.apply(x, recalled))  # type: ignore[no-untyped-call]
 

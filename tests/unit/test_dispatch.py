@@ -212,3 +212,46 @@ def test_tokens_that_want_no_gradient(alone: dist.ProcessGroup) -> None:
     layer(alone, [])(*expected).sum().backward()
     assert weights_TK.grad is not None
     assert torch.equal(weights_TK.grad, expected[1].grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("ahead", [0, 2**28])
+def test_on_a_gpu_as_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, host_reads: list[str], ahead: int
+) -> None:
+    """NCCL, pinned counts, rows ahead of them, and a recomputation; some tokens go nowhere."""
+    monkeypatch.setattr(dispatch, "AHEAD_BYTES", ahead)
+    expected = inputs(num_tokens=700)
+    expected[2][2:5] = -1
+    x_TD, weights_TK = (t.detach().cuda().requires_grad_() for t in expected[:2])
+    experts_TK = expected[2].cuda()
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        run = layer(dist.group.WORLD, [])
+        run(x_TD, weights_TK, experts_TK)  # libraries set themselves up
+        host_reads.clear()
+        torch.cuda.set_sync_debug_mode("error")  # but for events, nobody waits for the device
+        y_TD = checkpoint(run, x_TD, weights_TK, experts_TK, **OPTIONS)
+        y_TD.square().sum().backward()
+        torch.cuda.set_sync_debug_mode("default")
+        found = [y_TD.detach().cpu(), x_TD.grad, weights_TK.grad]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
+    assert host_reads[0] == "tolist"
+    assert "tolist" not in host_reads[1:]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        reference = layer(dist.group.WORLD, [])(*expected)
+    finally:
+        dist.destroy_process_group()
+    reference.square().sum().backward()
+    for one, other in zip(
+        found, (reference.detach(), expected[0].grad, expected[1].grad), strict=True
+    ):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
