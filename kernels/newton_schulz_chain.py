@@ -123,9 +123,7 @@ def iterate_(x_BMN: Tensor, chain: Chain, *, use_graphs: bool = False) -> None:
 
         replay_(x_BMN, chain, size)
         return
-    workspace = create_workspace(x_BMN[:size], chain.method)
-    for part_BMN in torch.split(x_BMN, size):
-        run_chain_(part_BMN, chain, _first(workspace, part_BMN.shape[0]))
+    iterate_together_((x_BMN,), chain, size)
 
 
 def _even_parts(num_matrices: int, most: int) -> int:
@@ -182,11 +180,6 @@ def _cut(batches: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
                 parts = []
     if parts:
         yield parts
-
-
-def _first(workspace: Workspace, num_matrices: int) -> Workspace:
-    squares = tuple(square[:num_matrices] for square in workspace.squares)
-    return Workspace(tuple(spare[:num_matrices] for spare in workspace.spares), squares)
 
 
 def run_chain_(x_BMN: Tensor, chain: Chain, workspace: Workspace) -> None:

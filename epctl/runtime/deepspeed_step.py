@@ -83,9 +83,9 @@ def _written_zero12(zero: Any) -> dict[int, Tensor]:
         for index in _order(zero):
             _step_group(zero, index, norm)
             works.append(_gather(zero, index))
-        for index, work in enumerate(works):
-            if work is not None:
-                work.wait()
+        for work in filter(None, works):
+            work.wait()
+        for index in range(len(zero.bit16_groups)):
             zero._update_model_bit16_weights(index)
 
     zero.step = step

@@ -63,12 +63,6 @@ class Dispatched(NamedTuple):
     prepare_backward: Callable[[], None]
 
 
-def _all_to_all(rows: Tensor, splits: RowSplits) -> Tensor:
-    received, work = _start(rows, splits)
-    work.wait()
-    return received
-
-
 def _start(rows: Tensor, splits: RowSplits) -> tuple[Tensor, dist.Work]:
     """Returns where rows will arrive, and what to wait for; c10d keeps `rows` until then."""
     received = rows.new_empty(sum(splits.received), *rows.shape[1:])
@@ -131,22 +125,6 @@ class _FinishExchange(torch.autograd.Function):
         ctx.travel.start(gradients[0], ctx.travel.splits.reversed())
         # Its values are read by nobody: the gradient is what arrives.
         return gradients[0].new_empty(1).expand(ctx.sent_shape), None
-
-
-def exchange_rows(
-    rows: Tensor,
-    splits: RowSplits,
-    meanwhile: Callable[[], None] | None = None,
-) -> Tensor:
-    """Returns the rows sent to this rank, in the order of their source ranks; differentiable.
-
-    Args:
-        meanwhile: called while rows travel; its backward too runs while gradients travel back.
-    """
-    finish = start_exchange(rows, splits)
-    if meanwhile is not None:
-        meanwhile()
-    return finish()
 
 
 def start_exchange(

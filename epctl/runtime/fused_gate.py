@@ -7,7 +7,6 @@ one that computes anything else stays as it is.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
 from typing import Any, cast
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epctl.kernels.gated_product import gated_product
+from epctl.runtime.fused_norm import fused_class
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Sizes of a probe's projections: different ones, so that a swapped projection cannot run.
@@ -46,15 +46,9 @@ def fuse_gates(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if _could_be_gated(module) and _computes_it(module):
-            module.__class__ = _fused_class(cast(Any, type(module)))
+            module.__class__ = fused_class(cast(Any, FusedGate), cast(Any, type(module)))
             count += 1
     return count
-
-
-@functools.cache
-def _fused_class(own_class: Any) -> Any:
-    """The name keeps the class's own: transformers initialises by it."""
-    return type(f"Fused{own_class.__name__}", (FusedGate, own_class), {})
 
 
 def _could_be_gated(module: nn.Module) -> bool:

@@ -72,14 +72,17 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 def _fuse(form: type[FusedNorm], module: nn.Module, epsilon: float) -> None:
-    module.__class__ = _fused_class(cast(Any, form), cast(Any, type(module)))
+    module.__class__ = fused_class(cast(Any, form), cast(Any, type(module)))
     cast(FusedNorm, module).rms_epsilon = epsilon
 
 
 @functools.cache
-def _fused_class(form: Any, norm_class: Any) -> Any:
-    """The name keeps the class's own: transformers initialises by it."""
-    return type(f"Fused{norm_class.__name__}", (form, norm_class), {})
+def fused_class(form: Any, own_class: Any) -> Any:
+    """Returns a model's own class with `form` before it, the same for the same two.
+
+    The name keeps the class's own: transformers initialises by it.
+    """
+    return type(f"Fused{own_class.__name__}", (form, own_class), {})
 
 
 def _epsilon(module: nn.Module) -> float | None:

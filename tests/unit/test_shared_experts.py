@@ -55,7 +55,9 @@ class Block(nn.Module):
             self.early.run_ahead()
             raise InterruptedError
         x_TD = hidden.view(-1, 3)
-        routed = dispatch.exchange_rows(x_TD, HERE, self.early.run_ahead).view(hidden.shape)
+        finish = dispatch.start_exchange(x_TD, HERE)
+        self.early.run_ahead()
+        routed = finish().view(hidden.shape)
         asked = hidden * 1.5 if self.order == "other tokens" else hidden
         return routed + (first if self.order == "first" else self.shared_experts(asked))
 
