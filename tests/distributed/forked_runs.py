@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def tiny_model_config() -> Any:
     )
 
 
-def be_a_rank(scenario: dict[str, Any], rank: int, port: int) -> None:
+def be_a_rank(scenario: dict[str, Any], rank: int, port: int, meeting: str) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -42,6 +44,7 @@ def be_a_rank(scenario: dict[str, Any], rank: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         faults.VARIABLE: scenario.get("fault", ""),
+        faults.MEETING_VARIABLE: meeting,
     }
     default_model.default_config = tiny_model_config
     if scenario.get("no_preflight"):
@@ -72,12 +75,12 @@ def poisoned(create_engine: Any, step: int) -> Any:
 
 def run(scenario: dict[str, Any]) -> list[int]:
     """Returns the ranks' exit codes, negative for a signal; a hang ends in SIGKILL for all."""
-    port = free_port()
+    port, meeting = free_port(), tempfile.mkdtemp(prefix="meeting")
     children = {}
     for rank in range(scenario["num_ranks"]):
         pid = os.fork()
         if pid == 0:
-            be_a_rank(scenario, rank, port)
+            be_a_rank(scenario, rank, port, meeting)
         children[pid] = rank
     codes: dict[int, int] = {}
     deadline = time.monotonic() + SECONDS
@@ -94,6 +97,7 @@ def run(scenario: dict[str, Any]) -> list[int]:
             deadline = float("inf")
         else:
             time.sleep(0.02)
+    shutil.rmtree(meeting)
     return [codes[rank] for rank in sorted(codes)]
 
 
