@@ -30,7 +30,7 @@ WEIGHT_TOLERANCE = 2e-6
 def case(family: str, optim: str, zero: int, ep: int) -> dict[str, Any]:
     name = f"{family}-zero{zero}-ep{ep}"
     # AdamW divides rounding noise by its own size: elements move by the rate times noise.
-    flags = {"optim.lr": 1e-3} if optim == "adamw" else {"optim.adamw_lr": 2e-4}
+    flags = {"optim.lr": 1e-3, "optim.eps": 1e-6} if optim == "adamw" else {"optim.adamw_lr": 2e-4}
     return {
         "name": name, "family": family, "optim": optim, "zero": zero, "ep": ep, "flags": flags,
     }  # fmt: skip

@@ -150,7 +150,7 @@ def test_a_parameter_without_a_gradient_has_a_gradient_of_zero(ranks: Ranks, par
     for rank in ranks:
         found, other = rank["sometimes3"][part], rank["sometimes2"][part]
         assert found[0] > 0
-        assert found == pytest.approx(other, rel=2e-2)  # of bfloat16 steps, which part a little
+        assert found == pytest.approx(other, rel=1e-3)  # gradients of bfloat16, added up
         assert abs(found[1] / found[0] - kept) > 0.01  # the second step had a gradient
         for first, second, third, fourth in (found, other):
             assert first > 0

@@ -101,7 +101,9 @@ def test_stays_within_bfloat16_of_unchanged_torch_muon() -> None:
 def test_adamw_parameters_equal_torch_adamw() -> None:
     ours, theirs = matrices(), matrices()
     optimizer = optimizer_over(ours, kind="adamw", betas=(0.9, 0.95), eps=1e-8)
-    reference = torch.optim.AdamW(theirs, lr=RATE, weight_decay=DECAY, betas=(0.9, 0.95), eps=1e-8)
+    reference = torch.optim.AdamW(
+        theirs, lr=RATE, weight_decay=DECAY, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
     for step in range(4):
         run(optimizer, ours, step)
         run(reference, theirs, step)
