@@ -16,12 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epctl.kernels import symmetric_hopper
 from epctl.kernels.launch import Window, launch
 from epctl.kernels.tiles import device_capability
 
 
 class SymmetricTile(NamedTuple):
-    """One launch: a tile is `block_m` rows by one or two times as many columns."""
+    """One launch: a tile is `block_m` rows by one or two times as many columns.
+
+    `cuda`: by symmetric_hopper.cu, where these sizes are facts and no choice.
+    """
 
     block_m: int
     block_n: int
@@ -29,12 +33,14 @@ class SymmetricTile(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = True
+    cuda: bool = False
 
     @property
     def label(self) -> str:
         """Sizes, warps, stages and how operands are read, as a benchmark names them."""
         sizes = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"{sizes} w{self.num_warps} s{self.num_stages}{' tma' if self.tma else ''}"
+        how = " cuda" if self.cuda else " tma" if self.tma else ""
+        return f"{sizes} w{self.num_warps} s{self.num_stages}{how}"
 
     def num_tiles(self, num_rows: int) -> int:
         """Returns the tiles of one matrix: those that touch its lower triangle."""
@@ -52,8 +58,13 @@ LARGE_TILE = SymmetricTile(128, 128, 64, num_warps=4, num_stages=3)
 SMALL_TILE = SymmetricTile(64, 128, 64, num_warps=4, num_stages=4)
 SMALL_ROWS = 640  # few tiles for all sizes: every further one compiles for seconds
 
+# Two tiles with a panel in common, in CUDA C++: three panels fetched for two tiles, and results
+# stored by warps of their own while the next ones are multiplied (symmetric_hopper.cu).
+HOPPER_TILE = SymmetricTile(128, 256, 64, num_warps=12, num_stages=3, cuda=True)
+
 # What `epctl bench muon --products` tries.
 CANDIDATES = (
+    HOPPER_TILE,
     LARGE_TILE,
     SymmetricTile(128, 128, 64, num_warps=8, num_stages=3),
     SymmetricTile(128, 128, 32, num_warps=4, num_stages=4),
@@ -89,7 +100,10 @@ def symmetric_matmul(
     Args:
         added_BRR: symmetric, or absent.
         out: where the result goes, contiguous; allocated if absent.
-        tile: overrides `choose_tile`.
+        tile: overrides `choose_tile`, and the choice between Triton and CUDA C++.
+
+    Raises:
+        ValueError: `tile` is the one in CUDA C++, which does not run here or on these operands.
     """
     num_matrices, num_rows, num_summed = left_BRK.shape
     assert right_BRK.shape == left_BRK.shape, right_BRK.shape
@@ -101,6 +115,12 @@ def symmetric_matmul(
     assert added.is_contiguous()
     if num_matrices == 0 or num_rows == 0:
         return out
+    if tile.cuda if tile else symmetric_hopper.is_faster(left_BRK):
+        if symmetric_hopper.fits(left_BRK, right_BRK, added_BRR, out):
+            symmetric_hopper.symmetric_product(left_BRK, right_BRK, added_BRR, out, alpha, beta)
+            return out
+        if tile:
+            raise ValueError(f"{tile.label} does not run on {tuple(left_BRK.shape)} here")
     tile = tile or choose_tile(num_rows, left_BRK.dtype)
     transposed = left_BRK.stride(2) != 1
     use_tma = tile.tma and all(_has_window(x, transposed, tile) for x in (left_BRK, right_BRK))

@@ -1,0 +1,142 @@
+"""Starts the symmetric product written for Hopper in CUDA C++ (symmetric_hopper.cu).
+
+Shape suffixes: see symmetric.py; C columns as they are stored.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from epctl.kernels.cuda_source import CudaKernel, CudaSourceError, compile_source, is_enabled
+from epctl.kernels.symmetric_schedule import num_parts, parts_of
+from epctl.kernels.tiles import device_capability
+
+SOURCE = Path(__file__).with_name("symmetric_hopper.cu")
+KERNEL = "symmetric_product"
+ARCHITECTURE = "sm_90a"
+CAPABILITY = (9, 0)
+ELEMENTS = {torch.float16: "f16", torch.bfloat16: "bf16"}
+PANEL_ROWS = 128
+STEP = 64  # summed columns of a stage
+BOX = (64, 64)
+NUM_THREADS = 384
+# Measured above; below, tiles of Triton's waste less or fill a GPU better.
+LEAST_ROWS = 512
+LEAST_SUMMED = 512
+LEAST_FILLED = 0.75
+# Three stages of three panels, results of 128 x 256, two mirrored squares; room to align, barriers.
+SHARED_BYTES = 3 * 3 * 128 * 64 * 2 + 128 * 256 * 2 + 2 * 64 * 64 * 2 + 1024 + 128
+
+
+def defines(dtype: torch.dtype, transposed: bool, has_added: bool) -> dict[str, str]:
+    """Returns what the source is compiled with."""
+    flags = {"TRANSPOSED": transposed, "ADDED": has_added}
+    return {"ELEMENT": ELEMENTS[dtype]} | {name: str(int(flag)) for name, flag in flags.items()}
+
+
+def fits(left_BRK: Tensor, right_BRK: Tensor, added_BRR: Tensor | None, out_BRR: Tensor) -> bool:
+    """True where the kernel runs and reads these operands right. Compiles it the first time."""
+    device, dtype = left_BRK.device, left_BRK.dtype
+    if device.type != "cuda" or dtype not in ELEMENTS or not is_enabled():
+        return False
+    if device_capability(device) != CAPABILITY or device.index != torch.cuda.current_device():
+        return False
+    transposed = is_transposed(left_BRK)
+    operands = (_stored(left_BRK, transposed), _stored(right_BRK, transposed), out_BRR)
+    if not all(_has_map(x) for x in (*operands, out_BRR if added_BRR is None else added_BRR)):
+        return False
+    return _kernel(dtype, transposed, added_BRR is not None, device.index) is not None
+
+
+def is_transposed(x_BRK: Tensor) -> bool:
+    """True where rows lie next to each other, and not what is summed."""
+    return x_BRK.stride(2) != 1
+
+
+def is_faster(left_BRK: Tensor) -> bool:
+    """True where it beats Triton's: figures in benchmarks/muon_h200_202611.md."""
+    num_matrices, num_rows, num_summed = left_BRK.shape
+    if not left_BRK.is_cuda or num_rows < LEAST_ROWS or num_summed < LEAST_SUMMED:
+        return False
+    return waves_filled(num_rows, num_matrices, left_BRK.device) >= LEAST_FILLED
+
+
+def waves_filled(num_rows: int, num_matrices: int, device: torch.device) -> float:
+    """Returns the share of multiprocessors that work, over the time in which one of them does."""
+    total = num_parts(-(-num_rows // PANEL_ROWS)) * num_matrices
+    places = _num_multiprocessors(device)
+    return total / (-(-total // places) * places)
+
+
+def symmetric_product(
+    left_BRK: Tensor,
+    right_BRK: Tensor,
+    added_BRR: Tensor | None,
+    out_BRR: Tensor,
+    alpha: float,
+    beta: float,
+) -> None:
+    """Does what `symmetric_matmul` says, for operands that `fits` accepts."""
+    transposed = is_transposed(left_BRK)
+    num_matrices, num_rows, num_summed = left_BRK.shape
+    device = left_BRK.device
+    kernel = _kernel(left_BRK.dtype, transposed, added_BRR is not None, device.index)
+    assert kernel is not None
+    parts = _parts(-(-num_rows // PANEL_ROWS), num_matrices, device)
+    stored = (_stored(left_BRK, transposed), _stored(right_BRK, transposed))
+    added = out_BRR if added_BRR is None else added_BRR
+    kernel(
+        min(len(parts), _num_multiprocessors(device)),
+        NUM_THREADS,
+        *(kernel.tensor_map(x, BOX) for x in (*stored, added, out_BRR)),
+        ctypes.c_void_p(parts.data_ptr()),
+        ctypes.c_int(len(parts)),
+        ctypes.c_int(-(-num_summed // STEP)),
+        ctypes.c_float(alpha),
+        ctypes.c_float(beta),
+    )
+
+
+def _stored(x_BRK: Tensor, transposed: bool) -> Tensor:
+    return x_BRK.mT if transposed else x_BRK
+
+
+def _has_map(x_BRC: Tensor) -> bool:
+    aligned = all(stride * x_BRC.element_size() % 16 == 0 for stride in x_BRC.stride()[:2])
+    return x_BRC.stride(2) == 1 and aligned and x_BRC.data_ptr() % 16 == 0 and x_BRC.numel() > 0
+
+
+@functools.cache
+def _kernel(
+    dtype: torch.dtype, transposed: bool, has_added: bool, device_index: int
+) -> CudaKernel | None:
+    """Compiles for two seconds the first time; warns and returns None where that fails."""
+    try:
+        binary = compile_source(SOURCE, defines(dtype, transposed, has_added), ARCHITECTURE)
+        with torch.cuda.device(device_index):
+            return CudaKernel(binary, KERNEL, SHARED_BYTES)
+    except CudaSourceError as error:
+        warnings.warn(f"symmetric products run in Triton, slower: {error}", stacklevel=2)
+        return None
+
+
+@functools.cache
+def _parts(num_panels: int, num_matrices: int, device: torch.device) -> Tensor:
+    """Returns [parts, 4] integers as the kernel reads them: matrix, s, o1, o2.
+
+    Kept for good: a captured graph goes on reading them.
+    """
+    one = torch.tensor(parts_of(num_panels), dtype=torch.int32)
+    matrix = torch.arange(num_matrices, dtype=torch.int32).repeat_interleave(len(one))
+    return torch.cat([matrix[:, None], one.repeat(num_matrices, 1)], dim=1).to(device)
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

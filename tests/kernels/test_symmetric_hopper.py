@@ -1,0 +1,214 @@
+"""The symmetric product in CUDA C++: compiled here where NVRTC is, run on a GPU of compute 9.0."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epctl.kernels import cuda_source, symmetric_hopper
+from epctl.kernels.cuda_source import CudaSourceError, compile_source
+
+AT = ("RESULTS_AT", "MIRRORS_AT", "BARRIERS_AT")
+KINDS = [(dtype, t, a) for dtype in symmetric_hopper.ELEMENTS for t in (0, 1) for a in (0, 1)]
+
+
+def compiled(dtype: torch.dtype, transposed: int, added: int) -> bytes:
+    defines = symmetric_hopper.defines(dtype, bool(transposed), bool(added))
+    try:
+        return compile_source(symmetric_hopper.SOURCE, defines, symmetric_hopper.ARCHITECTURE)
+    except CudaSourceError as error:
+        if "was not found" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def tool(name: str) -> str:
+    triton = pytest.importorskip("triton")
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    if not path.exists():
+        pytest.skip(f"this Triton brings no {name}")
+    return str(path)
+
+
+@pytest.mark.parametrize(("dtype", "transposed", "added"), KINDS)
+def test_it_compiles_without_a_spill(
+    dtype: torch.dtype, transposed: int, added: int, tmp_path: Path
+) -> None:
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled(dtype, transposed, added))
+    usage = subprocess.run(
+        [tool("cuobjdump"), "-res-usage", str(binary)], capture_output=True, text=True, check=True
+    )
+    assert re.search(r"STACK:0 ", usage.stdout), usage.stdout
+    listing = subprocess.run(
+        [tool("nvdisasm"), str(binary)], capture_output=True, text=True, check=True
+    )
+    products = re.findall(r"HGMMA\S* .*", listing.stdout)
+    assert products
+    assert all(line.startswith("HGMMA.64x256x16.F32") for line in products)
+    assert all((".BF16" in line) == (dtype == torch.bfloat16) for line in products)
+    # One wait for all products of a step, not one for each.
+    assert len(re.findall("WARPGROUP.DEPBAR", listing.stdout)) < len(products)
+
+
+def test_the_compiler_is_quoted(tmp_path: Path) -> None:
+    compiled(torch.float16, 0, 0)  # skips without NVRTC
+    source = tmp_path / "wrong.cu"
+    source.write_text("no_such_type x;")
+    with pytest.raises(CudaSourceError, match=r"wrong\.cu.*no_such_type"):
+        compile_source(source, {}, "sm_90a")
+
+
+def test_without_a_runtime_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(cuda_source.ctypes, "CDLL", absent)
+    with pytest.raises(CudaSourceError, match="NVRTC was not found"):
+        compile_source(symmetric_hopper.SOURCE, {}, "sm_90a")
+
+
+def test_shared_memory_is_what_the_source_uses() -> None:
+    """Counted from the source's own constants, so that neither changes alone."""
+    text = symmetric_hopper.SOURCE.read_text()
+    found = dict(re.findall(r"constexpr u32 (\w+) = ([^;]+);", text))
+    sizes: dict[str, int] = {}
+    for name in (*("NUM_STAGES", "SQUARE", "PANEL", "STAGE", "RESULT"), *AT):
+        sizes[name] = eval(found[name], {}, sizes)
+    num_barriers = 2 * sizes["NUM_STAGES"] + 6
+    needed = sizes["BARRIERS_AT"] + 8 * num_barriers + 1023
+    assert needed <= symmetric_hopper.SHARED_BYTES <= 227 * 1024
+
+
+def test_a_cpu_and_small_products_stay_with_triton() -> None:
+    x = torch.zeros(64, 1408, 2048, dtype=torch.float16, device="meta")
+    assert not symmetric_hopper.is_faster(x)
+    assert not symmetric_hopper.fits(x, x, None, x[..., :1408])
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _capable(request: pytest.FixtureRequest) -> None:
+    needs_it = request.node.get_closest_marker("gpu") and torch.cuda.is_available()
+    if needs_it and torch.cuda.get_device_capability() != symmetric_hopper.CAPABILITY:
+        pytest.skip("written for compute capability 9.0")
+
+
+def operand(dtype: torch.dtype, num: int, rows: int, summed: int, columns_first: bool) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(rows + summed)
+    shape = (num, summed, rows) if columns_first else (num, rows, summed)
+    x = (torch.randn(shape, device="cuda", generator=generator) / summed**0.5).to(dtype)
+    return x.mT if columns_first else x
+
+
+def symmetrized(x: Tensor) -> Tensor:
+    return x.tril() + x.tril(-1).mT
+
+
+def assert_is(found: Tensor, expected: Tensor) -> None:
+    assert torch.equal(found, found.mT)
+    roundoff = 2.0**-9 if found.dtype == torch.bfloat16 else 2.0**-12
+    assert float((found.float() - expected).norm() / expected.norm()) <= 2 * roundoff
+
+
+SIZES = [
+    (5, 1408, 2048),
+    (3, 2048, 1408),
+    (2, 576, 2048),
+    (7, 704, 72),
+    (2, 136, 8),
+    (1, 1000, 520),
+]
+
+
+@gpu
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("dtype", symmetric_hopper.ELEMENTS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gram_of_rows_and_of_columns(
+    sizes: tuple[int, int, int], dtype: torch.dtype, columns_first: bool
+) -> None:
+    """Results start as NaN: a square that is missed stays one. So does what surrounds them."""
+    x = operand(dtype, *sizes, columns_first)
+    guarded = x.new_full((sizes[0] + 2, sizes[1], sizes[1]), torch.nan)
+    out = guarded[1:-1]
+    assert symmetric_hopper.fits(x, x, None, out)
+    symmetric_hopper.symmetric_product(x, x, None, out, 1.0, 1.0)
+    assert_is(out, x.float() @ x.float().mT)
+    assert guarded[[0, -1]].isnan().all()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", symmetric_hopper.ELEMENTS)
+@pytest.mark.parametrize(("num", "rows"), [(16, 1408), (3, 2048), (40, 768), (2, 584), (1, 264)])
+def test_added_term_factors_and_two_operands(dtype: torch.dtype, num: int, rows: int) -> None:
+    x = operand(dtype, num, rows, 512, False)
+    gram = symmetrized((x.float() @ x.float().mT).to(dtype))
+    square = symmetrized((gram.float() @ gram.float()).to(dtype))
+    out = torch.full_like(gram, torch.nan)
+    symmetric_hopper.symmetric_product(gram, square, gram, out, -1.5, 0.75)
+    assert_is(out, -1.5 * gram.float() @ square.float() + 0.75 * gram.float())
+
+
+@gpu
+def test_what_is_added_may_be_what_is_multiplied_and_results_repeat() -> None:
+    """Also over many parts a multiprocessor: buffers are used again and again."""
+    x = operand(torch.float16, 64, 1408, 256, False)
+    gram = symmetrized(x @ x.mT)
+    outs = [torch.full_like(gram, torch.nan) for _ in range(2)]
+    for out in outs:
+        symmetric_hopper.symmetric_product(gram, gram, gram, out, 0.5, 2.0)
+    assert torch.equal(*outs)
+    for part in range(0, 64, 16):
+        at = slice(part, part + 16)
+        assert_is(outs[0][at], 0.5 * gram[at].float() @ gram[at].float() + 2.0 * gram[at].float())
+
+
+@gpu
+def test_other_matrices_do_not_leak_into_a_result() -> None:
+    x = operand(torch.float16, 3, 712, 200, False).clone()
+    x[0] = x[2] = torch.nan
+    for here in (x, x.mT.contiguous().mT):
+        out = torch.zeros(3, 712, 712, dtype=x.dtype, device="cuda")
+        symmetric_hopper.symmetric_product(here, here, None, out, 1.0, 1.0)
+        assert_is(out[1:2], x[1:2].float() @ x[1:2].float().mT)
+
+
+@gpu
+def test_what_it_cannot_read_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from epctl.kernels import symmetric
+
+    x = operand(torch.float16, 64, 1408, 2048, False)
+    out = torch.empty(64, 1408, 1408, dtype=x.dtype, device="cuda")
+    assert symmetric_hopper.is_faster(x)
+    assert symmetric_hopper.fits(x, x, None, out)
+    odd = operand(torch.float16, 2, 701, 512, False)  # rows of a result are no multiple of 16 bytes
+    assert not symmetric_hopper.fits(odd, odd, None, odd.new_empty(2, 701, 701))
+    with pytest.raises(ValueError, match="does not run"):
+        symmetric.symmetric_matmul(odd, odd, tile=symmetric.HOPPER_TILE)
+    assert_is(symmetric.symmetric_matmul(odd, odd), odd.float() @ odd.float().mT)
+    monkeypatch.setenv(cuda_source.SWITCH, "0")
+    assert not symmetric_hopper.fits(x, x, None, out)
+
+
+@gpu
+def test_a_compiler_that_refuses_leaves_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise CudaSourceError("not today")
+
+    monkeypatch.setattr(symmetric_hopper, "compile_source", refuse)
+    symmetric_hopper._kernel.cache_clear()
+    x = operand(torch.float16, 1, 768, 1024, False)
+    with pytest.warns(UserWarning, match="slower: not today"):
+        assert not symmetric_hopper.fits(x, x, None, x.new_empty(1, 768, 768))
+    symmetric_hopper._kernel.cache_clear()
