@@ -6,8 +6,10 @@ include none. A kernel takes seconds to compile, once a process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -17,12 +19,11 @@ import torch
 from torch import Tensor
 
 SWITCH = "EPCTL_CUDA_SOURCE"
-_RUNTIME_COMPILERS = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 # cuda.h: CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion, CUfunction_attribute.
 _MAP_DTYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLE_128_BYTES = 3
 _PROMOTE_TO_256_BYTES = 3
-_MOST_SHARED_BYTES = 8
+_NUM_REGISTERS, _MOST_SHARED_BYTES = 4, 8
 _EARLY_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 # Encoded maps kept, 128 bytes each; a training step comes back to a few dozen addresses.
 MOST_MAPS = 1024
@@ -44,7 +45,8 @@ def compile_source(source: Path, defines: dict[str, str], architecture: str) -> 
         architecture: such as `sm_90a`.
 
     Raises:
-        CudaSourceError: NVRTC was not found, or its words about what it could not compile.
+        CudaSourceError: NVRTC was not found, or its words about what it could not compile, or
+            compiled so that one product waits for another.
     """
     nvrtc = _runtime_compiler()
     options = [f"--gpu-architecture={architecture}", "-std=c++17"]
@@ -56,8 +58,8 @@ def compile_source(source: Path, defines: dict[str, str], architecture: str) -> 
         ctypes.byref(program), source.read_bytes(), name, 0, None, None
     ) or nvrtc.nvrtcCompileProgram(program, len(options), texts)
     try:
-        if code:
-            log = _text_of(nvrtc, "nvrtcGetProgramLog", program).decode(errors="replace")
+        log = _text_of(nvrtc, "nvrtcGetProgramLog", program).decode(errors="replace")
+        if code or "serialized" in log:
             raise CudaSourceError(f"NVRTC refused {source.name} ({code}): {log[:2000]}")
         return _text_of(nvrtc, "nvrtcGetCUBIN", program)
     finally:
@@ -75,17 +77,16 @@ def _text_of(nvrtc: Any, name: str, program: ctypes.c_void_p) -> bytes:
 
 def _runtime_compiler() -> Any:
     """Raises CudaSourceError where NVRTC is not installed."""
-    installed = [
-        path
-        for folder in sys.path
-        for name in _RUNTIME_COMPILERS
-        for path in glob.glob(os.path.join(folder, "nvidia", "*", "lib", name))
-    ]
-    for name in (*_RUNTIME_COMPILERS, *installed):
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
+    names = ["libnvrtc.so.13", "libnvrtc.so.12"]
+    if (torch.version.cuda or "").startswith(
+        "12"
+    ):  # one newer than the driver makes what it refuses
+        names.reverse()
+    for name in names:
+        installed = (glob.glob(os.path.join(x, "nvidia", "*", "lib", name)) for x in sys.path)
+        for path in (name, *itertools.chain.from_iterable(installed)):
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(path)
     raise CudaSourceError("NVRTC was not found; it comes with torch's CUDA builds")
 
 
@@ -99,8 +100,10 @@ class Driver:
             raise CudaSourceError(str(error)) from error
 
     def __call__(self, name: str, *arguments: Any) -> None:
-        code = getattr(self.library, name)(*arguments)
-        if code:
+        function = getattr(self.library, name, None)
+        if function is None:
+            raise CudaSourceError(f"this driver has no {name}")
+        if code := function(*arguments):
             text = ctypes.c_char_p()
             self.library.cuGetErrorString(code, ctypes.byref(text))
             raise CudaSourceError(f"{name}: {(text.value or b'').decode()} ({code})")
@@ -131,18 +134,32 @@ class TensorMap(NamedTuple):
 
 
 class CudaKernel:
-    """A kernel on the current device; its arguments are maps, pointers, integers and floats."""
+    """A kernel of one device; its arguments are maps, pointers, integers and floats."""
 
     starts_early = True
 
-    def __init__(self, binary: bytes, name: str, shared_bytes: int) -> None:
-        """Raises CudaSourceError when the driver does not take it."""
+    def __init__(
+        self, binary: bytes, name: str, shared_bytes: int, num_registers: int, device_index: int
+    ) -> None:
+        """Raises CudaSourceError when the driver does not take it.
+
+        Args:
+            num_registers: of a thread, as its source counts on.
+        """
         self.driver = Driver()
         self.shared_bytes = shared_bytes
-        module = ctypes.c_void_p()
+        # That of the device, which a thread that has not used it yet lacks.
+        self.context = ctypes.c_void_p()
+        self.driver("cuInit", 0)
+        self.driver("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), device_index)
+        self.driver("cuCtxSetCurrent", self.context)
+        module, found = ctypes.c_void_p(), ctypes.c_int()
         self.driver("cuModuleLoadData", ctypes.byref(module), binary)
         self.function = ctypes.c_void_p()
         self.driver("cuModuleGetFunction", ctypes.byref(self.function), module, name.encode())
+        self.driver("cuFuncGetAttribute", ctypes.byref(found), _NUM_REGISTERS, self.function)
+        if found.value != num_registers:
+            raise CudaSourceError(f"{name} has {found.value} registers, not {num_registers}")
         self.driver("cuFuncSetAttribute", self.function, _MOST_SHARED_BYTES, shared_bytes)
         self._attribute = ctypes.pointer(_Attribute(_EARLY_LAUNCH, 0, (1,)))
         self._maps: dict[tuple[Any, ...], TensorMap] = {}
@@ -165,6 +182,7 @@ class CudaKernel:
             self._attribute,
             int(self.starts_early),
         )
+        self.driver("cuCtxSetCurrent", self.context)
         self.driver("cuLaunchKernelEx", ctypes.byref(config), self.function, addresses, None)
 
     def tensor_map(self, x_BRC: Tensor, box: tuple[int, int]) -> TensorMap:
@@ -187,6 +205,8 @@ class CudaKernel:
     def _encode(self, x_BRC: Tensor, box: tuple[int, int]) -> TensorMap:
         num_matrices, num_rows, num_columns = x_BRC.shape
         size = x_BRC.element_size()
+        # Of one matrix alone it may be anything, and the driver looks at it all the same.
+        matrix_stride = x_BRC.stride(0) if num_matrices > 1 else num_rows * x_BRC.stride(1)
         memory = ctypes.create_string_buffer(128 + 64)
         address = (ctypes.addressof(memory) + 63) & ~63
         self.driver(
@@ -196,7 +216,7 @@ class CudaKernel:
             3,
             ctypes.c_void_p(x_BRC.data_ptr()),
             (ctypes.c_uint64 * 3)(num_columns, num_rows, num_matrices),
-            (ctypes.c_uint64 * 2)(x_BRC.stride(1) * size, x_BRC.stride(0) * size),
+            (ctypes.c_uint64 * 2)(x_BRC.stride(1) * size, matrix_stride * size),
             (ctypes.c_uint32 * 3)(box[1], box[0], 1),
             (ctypes.c_uint32 * 3)(1, 1, 1),
             0,

@@ -234,7 +234,7 @@ def symmetric_product(
     beta: float = 1.0,
     out: Tensor,
 ) -> None:
-    """A `Product` that computes half of it, in Triton."""
+    """A `Product` that computes half of it, in Triton or in CUDA C++."""
     from epctl.kernels.symmetric import symmetric_matmul
 
     symmetric_matmul(left, right, added, alpha=alpha, beta=beta, out=out)

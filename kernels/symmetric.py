@@ -94,8 +94,8 @@ def symmetric_matmul(
     """Returns `alpha * left @ right^T + beta * added`, which the caller knows to be symmetric.
 
     Each operand has rows or columns next to each other, so a transposed view costs no copy. The
-    result is contiguous, in the dtype of `left`; sums are float32. The upper triangle is the lower
-    one mirrored, so it is symmetric to the bit. No operand may share memory with the result.
+    result is contiguous, in the dtype of `left`; sums are float32. One half is the other one
+    mirrored, so it is symmetric to the bit. No operand may share memory with the result.
 
     Args:
         added_BRR: symmetric, or absent.
@@ -111,6 +111,7 @@ def symmetric_matmul(
     if out is None:
         out = left_BRK.new_empty(num_matrices, num_rows, num_rows)
     added = out if added_BRR is None else added_BRR
+    assert added.shape == out.shape == (num_matrices, num_rows, num_rows), (added.shape, out.shape)
     assert out.is_contiguous()
     assert added.is_contiguous()
     if num_matrices == 0 or num_rows == 0:

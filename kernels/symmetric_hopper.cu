@@ -276,6 +276,8 @@ __device__ __forceinline__ void produce(
       }
     }
   }
+  // The next kernel's blocks may be set up. Earlier, they would take the place of other streams' kernels.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // One warpgroup's sums, and what is added, to where its results lie: four squares side by side.
@@ -313,7 +315,7 @@ __device__ __forceinline__ void consume(
   const u32 added = barriers.added + 8 * warpgroup, stored = barriers.stored + 8 * warpgroup;
   Ring ring;
   u32 parity = 0;
-  float sums[128];
+  float sums[128] = {};  // the compilers of CUDA 12.6 and 12.8 wait for each product of what is not set
   for (int index = blockIdx.x; index < num_parts; index += gridDim.x) {
     u32 before = 0;
     for (int step = 0; step < num_steps; step++) {
@@ -336,7 +338,8 @@ __device__ __forceinline__ void consume(
     barrier_wait(ADDED ? added : stored, ADDED ? parity : parity ^ 1);
     parity ^= 1;
     write_results(sums, memory + RESULTS_AT + warpgroup * RESULT, alpha, beta);
-    barrier_arrive(barriers.done + 8 * warpgroup);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barriers.done + 8 * warpgroup);
   }
 }
 
@@ -395,14 +398,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) symmetric_product(
     }
     for (u32 warpgroup = 0; warpgroup < 2; warpgroup++) {
       barrier_init(barriers.added + 8 * warpgroup, 1);
-      barrier_init(barriers.done + 8 * warpgroup, 128);
+      barrier_init(barriers.done + 8 * warpgroup, 4);  // by one thread of each warp
       barrier_init(barriers.stored + 8 * warpgroup, 1);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  // The next kernel may be set up from now on, and this one reads nothing before all before it is done.
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // all that was started before is done
   // Sums are 128 registers of a thread that multiplies; the others make room.
   const u32 warp = threadIdx.x / 32;
   if (warp < 8) {

@@ -26,6 +26,7 @@ PANEL_ROWS = 128
 STEP = 64  # summed columns of a stage
 BOX = (64, 64)
 NUM_THREADS = 384
+NUM_REGISTERS = 168  # what the warps divide among themselves
 # Measured above; below, tiles of Triton's waste less or fill a GPU better.
 LEAST_ROWS = 512
 LEAST_SUMMED = 512
@@ -45,11 +46,18 @@ def fits(left_BRK: Tensor, right_BRK: Tensor, added_BRR: Tensor | None, out_BRR:
     device, dtype = left_BRK.device, left_BRK.dtype
     if device.type != "cuda" or dtype not in ELEMENTS or not is_enabled():
         return False
-    if device_capability(device) != CAPABILITY or device.index != torch.cuda.current_device():
+    if device_capability(device) != CAPABILITY or torch.version.hip is not None:
         return False
     transposed = is_transposed(left_BRK)
     operands = (_stored(left_BRK, transposed), _stored(right_BRK, transposed), out_BRR)
-    if not all(_has_map(x) for x in (*operands, out_BRR if added_BRR is None else added_BRR)):
+    tensors = operands if added_BRR is None else (*operands, added_BRR)
+    if not all(x.dtype == dtype and x.device == device and _has_map(x) for x in tensors):
+        return False
+    if device.index != torch.cuda.current_device():
+        return False
+    # What is not there yet is copied from the host, which a capture refuses.
+    key = (-(-left_BRK.shape[1] // PANEL_ROWS), len(left_BRK), device)
+    if key not in _PARTS and torch.cuda.is_current_stream_capturing():
         return False
     return _kernel(dtype, transposed, added_BRR is not None, device.index) is not None
 
@@ -108,8 +116,12 @@ def _stored(x_BRK: Tensor, transposed: bool) -> Tensor:
 
 
 def _has_map(x_BRC: Tensor) -> bool:
-    aligned = all(stride * x_BRC.element_size() % 16 == 0 for stride in x_BRC.stride()[:2])
-    return x_BRC.stride(2) == 1 and aligned and x_BRC.data_ptr() % 16 == 0 and x_BRC.numel() > 0
+    num_matrices, num_rows, num_columns = x_BRC.shape
+    matrix, row, column = x_BRC.stride()
+    inside = row >= num_columns and (num_matrices == 1 or matrix >= num_rows * row)
+    places = (row, matrix if num_matrices > 1 else 0, x_BRC.data_ptr() // x_BRC.element_size())
+    aligned = all(place * x_BRC.element_size() % 16 == 0 for place in places)
+    return column == 1 and inside and aligned and x_BRC.numel() > 0
 
 
 @functools.cache
@@ -119,22 +131,24 @@ def _kernel(
     """Compiles for two seconds the first time; warns and returns None where that fails."""
     try:
         binary = compile_source(SOURCE, defines(dtype, transposed, has_added), ARCHITECTURE)
-        with torch.cuda.device(device_index):
-            return CudaKernel(binary, KERNEL, SHARED_BYTES)
+        return CudaKernel(binary, KERNEL, SHARED_BYTES, NUM_REGISTERS, device_index)
     except CudaSourceError as error:
         warnings.warn(f"symmetric products run in Triton, slower: {error}", stacklevel=2)
         return None
 
 
-@functools.cache
-def _parts(num_panels: int, num_matrices: int, device: torch.device) -> Tensor:
-    """Returns [parts, 4] integers as the kernel reads them: matrix, s, o1, o2.
+# By panels, matrices and device. Kept for good: a captured graph goes on reading them.
+_PARTS: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    Kept for good: a captured graph goes on reading them.
-    """
-    one = torch.tensor(parts_of(num_panels), dtype=torch.int32)
-    matrix = torch.arange(num_matrices, dtype=torch.int32).repeat_interleave(len(one))
-    return torch.cat([matrix[:, None], one.repeat(num_matrices, 1)], dim=1).to(device)
+
+def _parts(num_panels: int, num_matrices: int, device: torch.device) -> Tensor:
+    """Returns [parts, 4] integers as the kernel reads them: matrix, s, o1, o2."""
+    key = (num_panels, num_matrices, device)
+    if key not in _PARTS:
+        one = torch.tensor(parts_of(num_panels), dtype=torch.int32)
+        matrix = torch.arange(num_matrices, dtype=torch.int32).repeat_interleave(len(one))
+        _PARTS[key] = torch.cat([matrix[:, None], one.repeat(num_matrices, 1)], dim=1).to(device)
+    return _PARTS[key]
 
 
 @functools.cache

@@ -50,6 +50,10 @@ def redact(name: str, value: str) -> str:
     return SECRET_VALUE.sub(REDACTED, value)
 
 
+# Their names end in the CUDA version they are of.
+OF_CUDA = {"nvidia-nccl": "nccl", "nvidia-cuda-nvrtc": "nvrtc"}
+
+
 def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables that steer a run, redacted."""
     names = sorted(name for name in environment if SHOWN_VARIABLES.match(name))
@@ -57,12 +61,13 @@ def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Returns versions of Python, the libraries and NCCL, from their metadata."""
+    """Returns versions of Python, the libraries, NCCL and NVRTC, from their metadata."""
     result = installed_versions()
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower()
-        if name.startswith("nvidia-nccl"):
-            result["nccl"] = distribution.version
+        for start, label in OF_CUDA.items():
+            if name.startswith(start):
+                result[label] = distribution.version
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def test_it_compiles_without_a_spill(
         [tool("cuobjdump"), "-res-usage", str(binary)], capture_output=True, text=True, check=True
     )
     assert re.search(r"STACK:0 ", usage.stdout), usage.stdout
+    assert f"REG:{symmetric_hopper.NUM_REGISTERS} " in usage.stdout, usage.stdout
     listing = subprocess.run(
         [tool("nvdisasm"), str(binary)], capture_output=True, text=True, check=True
     )
@@ -149,6 +151,17 @@ def test_gram_of_rows_and_of_columns(
 
 
 @gpu
+@pytest.mark.parametrize("summed", [8, 72, 136, 200, 320])
+def test_few_steps_with_an_added_term(summed: int) -> None:
+    """One to five steps: what is added is asked for in the first, or not until the fifth."""
+    x = operand(torch.float16, 30, 648, summed, False)
+    added = symmetrized(operand(torch.float16, 30, 648, 648, False))
+    out = torch.full_like(added, torch.nan)
+    symmetric_hopper.symmetric_product(x, x, added, out, 2.0, -1.0)
+    assert_is(out, 2.0 * x.float() @ x.float().mT - added.float())
+
+
+@gpu
 @pytest.mark.parametrize("dtype", symmetric_hopper.ELEMENTS)
 @pytest.mark.parametrize(("num", "rows"), [(16, 1408), (3, 2048), (40, 768), (2, 584), (1, 264)])
 def test_added_term_factors_and_two_operands(dtype: torch.dtype, num: int, rows: int) -> None:
@@ -182,6 +195,86 @@ def test_other_matrices_do_not_leak_into_a_result() -> None:
         out = torch.zeros(3, 712, 712, dtype=x.dtype, device="cuda")
         symmetric_hopper.symmetric_product(here, here, None, out, 1.0, 1.0)
         assert_is(out[1:2], x[1:2].float() @ x[1:2].float().mT)
+
+
+def chain(gram: Tensor, num_products: int = 6) -> Tensor:
+    """Each product needs the one before, and writes what the one before that read."""
+    one, other = gram.clone(), torch.full_like(gram, torch.nan)
+    for _ in range(num_products):
+        symmetric_hopper.symmetric_product(one, one, one, other, 0.5, 0.5)
+        one, other = other, one
+    return one
+
+
+@gpu
+def test_a_kernel_that_is_set_up_early_waits_for_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = operand(torch.float16, 9, 1408, 256, False)
+    gram = symmetrized(x @ x.mT)
+    early = chain(gram)
+    monkeypatch.setattr(cuda_source.CudaKernel, "starts_early", False)
+    assert torch.equal(early, chain(gram))
+    # Between kernels of others, too.
+    expected = chain(gram.mul(0.25).clone())
+    monkeypatch.setattr(cuda_source.CudaKernel, "starts_early", True)
+    found = chain(gram.mul(0.25).clone())
+    assert torch.equal(found.add(1.0), expected.add(1.0))
+
+
+@gpu
+def test_a_captured_chain_is_the_same() -> None:
+    x = operand(torch.float16, 5, 768, 256, False)
+    gram = symmetrized(x @ x.mT)
+    expected = chain(gram)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(gram)
+    for _ in range(3):
+        found.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+@gpu
+def test_sizes_not_seen_before_are_not_captured() -> None:
+    """Their places would come from the host; Triton computes them."""
+    x = operand(torch.float16, 29, 896, 512, False)
+    out = torch.empty(29, 896, 896, dtype=x.dtype, device="cuda")
+    answers = []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answers.append(symmetric_hopper.fits(x, x, None, out))
+        out.zero_()
+    assert answers == [False]
+    assert symmetric_hopper.fits(x, x, None, out)
+
+
+@gpu
+def test_a_thread_that_used_no_gpu_before() -> None:
+    x = operand(torch.float16, 3, 640, 192, False)
+    expected = torch.full((3, 640, 640), torch.nan, dtype=x.dtype, device="cuda")
+    symmetric_hopper.symmetric_product(x, x, None, expected, 1.0, 1.0)
+    found = torch.full_like(expected, torch.nan)
+    torch.cuda.synchronize()
+    symmetric_hopper._kernel.cache_clear()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(symmetric_hopper.symmetric_product, x, x, None, found, 1.0, 1.0).result()
+        torch.cuda.synchronize()
+    assert torch.equal(found, expected)
+
+
+@gpu
+def test_tensors_of_other_kinds_do_not_fit() -> None:
+    x = operand(torch.float16, 3, 640, 640, False)
+    out = torch.empty_like(x)
+    assert symmetric_hopper.fits(x, x, x, out)
+    assert not symmetric_hopper.fits(x, x.bfloat16(), x, out)
+    assert not symmetric_hopper.fits(x, x, x.float(), out)
+    assert not symmetric_hopper.fits(x, x, x, out.bfloat16())
+    assert not symmetric_hopper.fits(x, x, x.cpu(), out)
+    assert not symmetric_hopper.fits(x[:1].expand(3, -1, -1), x, x, out)
+    assert not symmetric_hopper.fits(x.view(3, -1)[:, 4:-4].view(3, 1, -1), x, x, out)
 
 
 @gpu

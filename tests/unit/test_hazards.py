@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +103,19 @@ def test_a_hazard_that_is_gone_retires_its_workaround() -> None:
 )
 def test_secrets_are_redacted(name: str, value: str, shown: str) -> None:
     assert doctor_facts.redact(name, value) == shown
+
+
+def test_versions_of_cuda_parts_whatever_cuda_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"nvidia-nccl-cu12": "2.27", "nvidia-cuda-nvrtc": "13.0", "nvidia-cublas": "13.1"}
+    found = [
+        SimpleNamespace(metadata={"Name": name}, version=version)
+        for name, version in installed.items()
+    ]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
+    versions = doctor_facts.versions()
+    assert versions["nccl"] == "2.27"
+    assert versions["nvrtc"] == "13.0"
+    assert "13.1" not in versions.values()
 
 
 def test_environment_shows_what_steers_a_run_only() -> None:
