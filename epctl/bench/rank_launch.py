@@ -16,7 +16,7 @@ from typing import Any, Literal
 from epctl.errors import GateError, LaunchError
 from epctl.launch.command import rank_environment
 from epctl.launch.devices import Placement
-from epctl.launch.probe_run import free_port
+from epctl.launch.ports import free_port
 from epctl.launch.supervise import EventTail
 
 POLL_SECONDS = 0.2

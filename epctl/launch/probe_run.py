@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from epctl.launch.command import rank_environment
 from epctl.launch.devices import Placement
+from epctl.launch.ports import free_port
 from epctl.launch.probe import NUM_RANKS
 from epctl.launch.supervise import EventTail
 
@@ -139,10 +139,3 @@ class _Launch:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def free_port() -> int:
-    """Returns a port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

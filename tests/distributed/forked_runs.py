@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch import free_port
 from parity_ranks import tiny_config
 from preloaded import preload
 
+from epctl.launch.ports import free_port
 from epctl.runtime import default_model, faults, leave, train, worker
 
 SECONDS = 240.0

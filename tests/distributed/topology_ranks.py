@@ -18,8 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 import train_model_ranks
-from launch import free_port
 
+from epctl.launch.ports import free_port
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.evaluate import held_out_loss
 from epctl.runtime.leave import leave

@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-from launch import free_port
+
+from epctl.launch.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
