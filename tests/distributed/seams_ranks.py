@@ -428,7 +428,7 @@ def main(folder: Path) -> None:
         for zero in (1, 3):
             result[f"{trainable} {zero}"] = steps_of_a_part(zero, trainable)
     result["hooks"] = hooks_by_layer()
-    for zero in (2, 3):
+    for zero in (1, 2, 3):
         for offload in (False, True):
             # No weight moves by a rounding of bfloat16: ways differ by what they do to gradients.
             flags = {"optim.offload": offload, "optim.lr": 1e-12}
