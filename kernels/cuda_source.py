@@ -168,7 +168,8 @@ class CudaKernel:
         """Starts it on torch's current stream, where it waits itself for what is before it.
 
         With `starts_early` it is set up while the kernel before it still runs: the source must say
-        `griddepcontrol.wait` before it reads or writes anything.
+        `griddepcontrol.wait` before it reads or writes anything. Not in a CUDA graph: what a replay
+        makes of it was not checked on a GPU.
 
         Args:
             arguments: TensorMap, or ctypes values.
@@ -180,7 +181,7 @@ class CudaKernel:
             (num_blocks, 1, 1, num_threads, 1, 1, self.shared_bytes),
             torch.cuda.current_stream().cuda_stream,
             self._attribute,
-            int(self.starts_early),
+            int(self.starts_early and not torch.cuda.is_current_stream_capturing()),
         )
         self.driver("cuCtxSetCurrent", self.context)
         self.driver("cuLaunchKernelEx", ctypes.byref(config), self.function, addresses, None)

@@ -14,7 +14,6 @@ Shape suffixes: see reference.py.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from epctl.kernels.launch import ceil_div, launch
 from epctl.kernels.permute import RoutingTables
 from epctl.kernels.tile_access import (
     can_use_tma,
+    jit_for_routed,
     launch_options,
     load_columns,
     load_tile,
@@ -43,7 +43,7 @@ from epctl.kernels.tile_access import (
 from epctl.kernels.tiles import Tile
 
 
-@triton.jit
+@jit_for_routed
 def _gate_up_kernel(
     x_ptr,
     w1,
@@ -159,7 +159,7 @@ def _gate_up_kernel(
         )
 
 
-@triton.jit
+@jit_for_routed
 def _down_kernel(
     a,
     w2,
@@ -212,7 +212,7 @@ def _down_kernel(
     )
 
 
-@triton.jit
+@jit_for_routed
 def _down_backward_kernel(
     dy,
     w2,
@@ -302,7 +302,7 @@ def _down_backward_kernel(
     tl.store(partial_at, sums, mask=exists)
 
 
-@triton.jit
+@jit_for_routed
 def _input_gradient_kernel(
     dh,
     w1,

@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from epctl.kernels.launch import ceil_div, launch, next_power_of_2
+from epctl.kernels.tile_access import jit_for_routed
 
 # Pairs that one program ranks against each other, all to all: 16 K comparisons in registers.
 CHUNK = 128
@@ -58,7 +58,7 @@ def max_tiles(num_rows: int, num_experts: int, block_rows: int) -> int:
     return part_filled + max(0, num_rows - part_filled) // block_rows
 
 
-@triton.jit
+@jit_for_routed
 def _count_kernel(
     experts_ptr,
     counts_ptr,
@@ -79,7 +79,7 @@ def _count_kernel(
     tl.atomic_add(totals_ptr + ids, count, mask=held & (count > 0))
 
 
-@triton.jit
+@jit_for_routed
 def _position_kernel(
     counts_ptr,
     totals_ptr,
@@ -125,7 +125,7 @@ def _position_kernel(
         tl.store(tile_row_ptr + first_tile + tile, first_row + tile * TILE_ROWS, mask=used)
 
 
-@triton.jit
+@jit_for_routed
 def _place_kernel(
     experts_ptr,
     positions_ptr,
@@ -234,7 +234,7 @@ def routing_tables(
     return tables
 
 
-@triton.jit
+@jit_for_routed
 def _spread_kernel(
     tokens_ptr,
     out_ptr,
@@ -327,7 +327,7 @@ def spread(
     return out
 
 
-@triton.jit
+@jit_for_routed
 def _combine_kernel(
     rows_ptr,
     weights_ptr,

@@ -24,6 +24,13 @@ from epctl.kernels.tiles import Tile, device_capability
 TMA_WIDTH = 64
 
 
+# Counts that follow the routing. Triton compiles a kernel for multiples of 16 and one for all other
+# numbers; the rarer would come in the middle of a run, where one rank's seconds are all ranks'.
+# Nothing here reads or writes faster for knowing it.
+ROUTED_COUNTS = ("num_pairs", "num_chunks", "num_tokens", "num_rows", "max_tiles")
+jit_for_routed = triton.jit(do_not_specialize=ROUTED_COUNTS)
+
+
 @triton.jit
 def tile_position(num_row_tiles, num_columns, GROUP: tl.constexpr):
     """Rows tiles in groups of GROUP, column by column, so that a group's operands stay in L2."""
