@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The benchmark runs behind the notes in this folder, one name a call, each under ten minutes:
 #     benchmarks/run_gpu.sh NAME [FOLDER]        # results go to FOLDER (default: .)
-# On a machine without an installation: PYTHONPATH=$PWD TORCH_CUDA_ARCH_LIST=9.0 (CONTRIBUTING.md).
+# On a machine without an installation: PYTHONPATH=$PWD TORCH_CUDA_ARCH_LIST=9.0 (CONTRIBUTING.md), wheels by wheels.sh.
 #
 #   one GPU    kernels       tests marked gpu (2 min on 10 cores)
 #              moe           one block of Moonlight and Qwen3-30B beside its peers (4 min)
