@@ -197,8 +197,8 @@ __device__ __forceinline__ void mirror_within(u32 square, u32 lane) {
 // A square's mirror into another one, by one warp.
 __device__ __forceinline__ void mirror_into(u32 mirror, u32 square, u32 lane) {
   const u32 which = lane / 8, within = lane % 8;  // of four 8 x 8 squares, this lane's address
-  for (u32 half = 0; half < 4; half++) {
-    const u32 across = 2 * half + which / 2;
+  for (u32 strip = 0; strip < 4; strip++) {
+    const u32 across = 2 * strip + which / 2;
     u32 pairs[4][4];
 #pragma unroll
     for (u32 four = 0; four < 4; four++) {
