@@ -77,12 +77,9 @@ def _text_of(nvrtc: Any, name: str, program: ctypes.c_void_p) -> bytes:
 
 def _runtime_compiler() -> Any:
     """Raises CudaSourceError where NVRTC is not installed."""
-    names = ["libnvrtc.so.13", "libnvrtc.so.12"]
-    if (torch.version.cuda or "").startswith(
-        "12"
-    ):  # one newer than the driver makes what it refuses
-        names.reverse()
-    for name in names:
+    # First that of torch's CUDA: a newer one makes what the driver may refuse.
+    majors = ("12", "13") if (torch.version.cuda or "").startswith("12") else ("13", "12")
+    for name in (f"libnvrtc.so.{major}" for major in majors):
         installed = (glob.glob(os.path.join(x, "nvidia", "*", "lib", name)) for x in sys.path)
         for path in (name, *itertools.chain.from_iterable(installed)):
             with contextlib.suppress(OSError):

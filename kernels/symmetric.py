@@ -116,11 +116,12 @@ def symmetric_matmul(
     assert added.is_contiguous()
     if num_matrices == 0 or num_rows == 0:
         return out
-    if tile.cuda if tile else symmetric_hopper.is_faster(left_BRK):
+    by_cuda = symmetric_hopper.is_faster(left_BRK) if tile is None else tile.cuda
+    if by_cuda:
         if symmetric_hopper.fits(left_BRK, right_BRK, added_BRR, out):
             symmetric_hopper.symmetric_product(left_BRK, right_BRK, added_BRR, out, alpha, beta)
             return out
-        if tile:
+        if tile is not None:
             raise ValueError(f"{tile.label} does not run on {tuple(left_BRK.shape)} here")
     tile = tile or choose_tile(num_rows, left_BRK.dtype)
     transposed = left_BRK.stride(2) != 1

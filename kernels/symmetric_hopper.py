@@ -56,8 +56,7 @@ def fits(left_BRK: Tensor, right_BRK: Tensor, added_BRR: Tensor | None, out_BRR:
     if device.index != torch.cuda.current_device():
         return False
     # What is not there yet is copied from the host, which a capture refuses.
-    key = (-(-left_BRK.shape[1] // PANEL_ROWS), len(left_BRK), device)
-    if key not in _PARTS and torch.cuda.is_current_stream_capturing():
+    if _places(left_BRK) not in _PARTS and torch.cuda.is_current_stream_capturing():
         return False
     return _kernel(dtype, transposed, added_BRR is not None, device.index) is not None
 
@@ -69,17 +68,22 @@ def is_transposed(x_BRK: Tensor) -> bool:
 
 def is_faster(left_BRK: Tensor) -> bool:
     """True where it beats Triton's: figures in benchmarks/muon_h200_202611.md."""
-    num_matrices, num_rows, num_summed = left_BRK.shape
+    _, num_rows, num_summed = left_BRK.shape
     if not left_BRK.is_cuda or num_rows < LEAST_ROWS or num_summed < LEAST_SUMMED:
         return False
-    return waves_filled(num_rows, num_matrices, left_BRK.device) >= LEAST_FILLED
+    return _filled(left_BRK) >= LEAST_FILLED
 
 
-def waves_filled(num_rows: int, num_matrices: int, device: torch.device) -> float:
+def _filled(left_BRK: Tensor) -> float:
     """Returns the share of multiprocessors that work, over the time in which one of them does."""
-    total = num_parts(-(-num_rows // PANEL_ROWS)) * num_matrices
-    places = _num_multiprocessors(device)
-    return total / (-(-total // places) * places)
+    num_panels, num_matrices, device = _places(left_BRK)
+    total, at_once = num_parts(num_panels) * num_matrices, _num_multiprocessors(device)
+    return total / (-(-total // at_once) * at_once)
+
+
+def _places(left_BRK: Tensor) -> tuple[int, int, torch.device]:
+    """Returns what decides which parts there are: panels of a matrix, matrices, and the device."""
+    return -(-left_BRK.shape[1] // PANEL_ROWS), len(left_BRK), left_BRK.device
 
 
 def symmetric_product(
@@ -92,11 +96,10 @@ def symmetric_product(
 ) -> None:
     """Does what `symmetric_matmul` says, for operands that `fits` accepts."""
     transposed = is_transposed(left_BRK)
-    num_matrices, num_rows, num_summed = left_BRK.shape
-    device = left_BRK.device
+    device, num_summed = left_BRK.device, left_BRK.shape[2]
     kernel = _kernel(left_BRK.dtype, transposed, added_BRR is not None, device.index)
     assert kernel is not None
-    parts = _parts(-(-num_rows // PANEL_ROWS), num_matrices, device)
+    parts = _parts(_places(left_BRK))
     stored = (_stored(left_BRK, transposed), _stored(right_BRK, transposed))
     added = out_BRR if added_BRR is None else added_BRR
     kernel(
@@ -137,18 +140,19 @@ def _kernel(
         return None
 
 
-# By panels, matrices and device. Kept for good: a captured graph goes on reading them.
+# Kept for good: a captured graph goes on reading them.
 _PARTS: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
-def _parts(num_panels: int, num_matrices: int, device: torch.device) -> Tensor:
+def _parts(places: tuple[int, int, torch.device]) -> Tensor:
     """Returns [parts, 4] integers as the kernel reads them: matrix, s, o1, o2."""
-    key = (num_panels, num_matrices, device)
-    if key not in _PARTS:
+    if places not in _PARTS:
+        num_panels, num_matrices, device = places
         one = torch.tensor(parts_of(num_panels), dtype=torch.int32)
         matrix = torch.arange(num_matrices, dtype=torch.int32).repeat_interleave(len(one))
-        _PARTS[key] = torch.cat([matrix[:, None], one.repeat(num_matrices, 1)], dim=1).to(device)
-    return _PARTS[key]
+        table = torch.cat([matrix[:, None], one.repeat(num_matrices, 1)], dim=1)
+        _PARTS[places] = table.to(device)
+    return _PARTS[places]
 
 
 @functools.cache

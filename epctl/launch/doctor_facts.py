@@ -30,6 +30,8 @@ SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_WANTED = 1 << 30
 DISK_WANTED = 10 << 30
 STALE_SECONDS = 600
+# Distributions whose names end in the CUDA version they are of.
+OF_CUDA = {"nvidia-nccl": "nccl", "nvidia-cuda-nvrtc": "nvrtc"}
 GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap", "pci.bus_id")
 
 
@@ -48,10 +50,6 @@ def redact(name: str, value: str) -> str:
     if SECRET_NAME.search(name) and name != "TOKENIZERS_PARALLELISM":
         return REDACTED
     return SECRET_VALUE.sub(REDACTED, value)
-
-
-# Their names end in the CUDA version they are of.
-OF_CUDA = {"nvidia-nccl": "nccl", "nvidia-cuda-nvrtc": "nvrtc"}
 
 
 def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:
