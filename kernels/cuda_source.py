@@ -130,6 +130,39 @@ class TensorMap(NamedTuple):
     address: int
 
 
+class StreamState(NamedTuple):
+    """Where a launch would go now: torch's current device, its current stream, and whether that
+    is being captured into a CUDA graph."""
+
+    device_index: int
+    stream: int
+    is_captured: bool
+
+    @classmethod
+    def current(cls) -> StreamState:
+        """Raises what torch raises without a GPU."""
+        index = torch.cuda.current_device()
+        stream: int = torch._C._cuda_getCurrentRawStream(index)  # without building an object
+        return cls(index, stream, torch.cuda.is_current_stream_capturing())
+
+
+class Launch:
+    """A kernel with its arguments, on one stream. May be started again and again, by any thread,
+    while its tensors lie where they did."""
+
+    def __init__(
+        self, kernel: CudaKernel, config: _Config, addresses: Any, arguments: tuple[Any, ...]
+    ) -> None:
+        self.kernel = kernel
+        self._held = config, arguments  # the driver reads both by address, and changes neither
+        self._values = ctypes.byref(config), kernel.function, addresses, None
+
+    def __call__(self) -> None:
+        """Raises CudaSourceError."""
+        self.kernel.driver("cuCtxSetCurrent", self.kernel.context)
+        self.kernel.driver("cuLaunchKernelEx", *self._values)
+
+
 class CudaKernel:
     """A kernel of one device; its arguments are maps, pointers, integers and floats."""
 
@@ -161,27 +194,29 @@ class CudaKernel:
         self._attribute = ctypes.pointer(_Attribute(_EARLY_LAUNCH, 0, (1,)))
         self._maps: dict[tuple[Any, ...], TensorMap] = {}
 
-    def __call__(self, num_blocks: int, num_threads: int, *arguments: Any) -> None:
-        """Starts it on torch's current stream, where it waits itself for what is before it.
+    def prepare(self, place: StreamState, sizes: tuple[int, int], *arguments: Any) -> Launch:
+        """Returns it ready to start, where it waits itself for what is before it on the stream.
 
         With `starts_early` it is set up while the kernel before it still runs: the source must say
         `griddepcontrol.wait` before it reads or writes anything. Not in a CUDA graph: what a replay
         makes of it was not checked on a GPU.
 
         Args:
+            place: where it will be started.
+            sizes: blocks, and threads of each.
             arguments: TensorMap, or ctypes values.
         """
         addresses = (ctypes.c_void_p * len(arguments))(
             *(a.address if type(a) is TensorMap else ctypes.addressof(a) for a in arguments)
         )
+        num_blocks, num_threads = sizes
         config = _Config(
             (num_blocks, 1, 1, num_threads, 1, 1, self.shared_bytes),
-            torch.cuda.current_stream().cuda_stream,
+            place.stream,
             self._attribute,
-            int(self.starts_early and not torch.cuda.is_current_stream_capturing()),
+            int(self.starts_early and not place.is_captured),
         )
-        self.driver("cuCtxSetCurrent", self.context)
-        self.driver("cuLaunchKernelEx", ctypes.byref(config), self.function, addresses, None)
+        return Launch(self, config, addresses, arguments)
 
     def tensor_map(self, x_BRC: Tensor, box: tuple[int, int]) -> TensorMap:
         """Returns the map of boxes of one matrix, their columns swizzled by 128 bytes.

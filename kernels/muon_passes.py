@@ -15,6 +15,7 @@ from torch import Tensor
 
 from epctl.kernels.dispatch import triton_installed
 from epctl.kernels.newton_schulz import normalize
+from epctl.kernels.tiles import device_name
 
 Kernels = Literal["auto", "torch", "triton"]
 Implementation = Literal["torch", "triton"]
@@ -53,7 +54,7 @@ def choose_passes(device: torch.device, kernels: Kernels = "auto") -> PassChoice
         return PassChoice("torch", "Triton is not installed")
     if kernels == "triton":
         return PassChoice("triton", "named")
-    gpu = torch.cuda.get_device_name(device)
+    gpu = device_name(device)
     if any(name in gpu for name in MEASURED_ON):
         return PassChoice("triton", f"measured on {gpu}")
     return PassChoice("torch", f"Muon's Triton kernels are not measured on {gpu}")

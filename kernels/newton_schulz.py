@@ -8,6 +8,7 @@ with restart (Zhang, Amsel, Chen, Dao, 2026).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from epctl.kernels.newton_schulz_chain import Chain, iterate_jointly_
 from epctl.kernels.newton_schulz_cost import MethodChoice, Products, choose_iteration, choose_method
+from epctl.kernels.tiles import device_name
 
 Coefficients = Sequence[tuple[float, float, float]]
 Method = Literal["auto", "standard", "gram"]
@@ -92,13 +94,18 @@ def resolve_iteration(
     if method == "gram" and dtype == torch.bfloat16:
         raise ValueError("gram Newton-Schulz in bfloat16 is wrong on rank-poor matrices")
     if products == "auto":
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        chosen = choose_iteration(*shape, gpu, num_steps)
+        chosen = _chosen(*shape, device_name(device) if device.type == "cuda" else None, num_steps)
     else:
         chosen = choose_method(*shape, num_steps, products)
     if method == "auto" and dtype == torch.bfloat16:
         return MethodChoice("standard", "gram is wrong in bfloat16", chosen.products)
     return chosen if method == "auto" else MethodChoice(method, "named", chosen.products)
+
+
+@functools.cache
+def _chosen(num_rows: int, num_columns: int, gpu: str | None, num_steps: int) -> MethodChoice:
+    """`choose_iteration`, whose reasons take the host longer to write than a launch."""
+    return choose_iteration(num_rows, num_columns, gpu, num_steps)
 
 
 def orthogonalize(

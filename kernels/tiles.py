@@ -86,6 +86,12 @@ def device_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """Returns what the driver calls a CUDA device, asked for once."""
+    return torch.cuda.get_device_name(device)
+
+
 def choose_tiles(
     dtype: torch.dtype, capability: tuple[int, int], rows_per_expert: float
 ) -> TileTable:

@@ -1,11 +1,11 @@
 """Where epctl relies on an internal of DeepSpeed 0.19.8: gradients from backward to the step.
 
-The second half of deepspeed_seams.py, with its rules: each function names the upstream file it
+A part of deepspeed_seams.py, with its rules: each function names the upstream file it
 leans on, and `tests/distributed/test_seams.py` holds each against ZeRO's own way.
 
 What ZeRO does there is right for any optimizer and any group of ranks, and takes passes over every
 gradient that change nothing where one rank alone holds a Parameter, as experts often are. Each
-function here takes such passes away and leaves the result; `complete_offloaded` mends one.
+function here takes such passes away and leaves the result.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import (
     DeepSpeedZeroOptimizer,
@@ -46,6 +47,7 @@ def shorten_gradients(
     is_sum = engine.gradient_accumulation_steps() > 1 or not takes_any_dtype
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         _accumulate_whole_zero3(zero)
+        _end_backward_on_device_zero3(zero)
         _norm_at_once_zero3(zero)
         _step_in_place_zero3(zero)
     elif isinstance(zero, DeepSpeedZeroOptimizer):
@@ -182,6 +184,38 @@ def _end_backward_on_device_zero12(zero: Any) -> None:
     zero.independent_gradient_partition_epilogue = epilogue
 
 
+def _end_backward_on_device_zero3(zero: Any) -> None:
+    """As `_end_backward_on_device_zero12`, for gradients that stay on the device.
+
+    Buckets are empty when upstream's own end of backward comes to its stream, which it then does
+    nothing with but stop the host (`independent_gradient_partition_epilogue` of zero/stage3.py).
+    """
+    usual, accelerator = zero.independent_gradient_partition_epilogue, get_accelerator()
+    if zero.offload_optimizer or zero.zenflow or accelerator.resolves_data_dependency():
+        return
+    reduce = zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads
+
+    def epilogue() -> None:
+        for dtype in sort_dtypes(zero.ipg_buckets.keys()):
+            reduce(dtype)
+        stream = zero.reduce_and_partition_stream
+        accelerator.current_stream().wait_stream(stream)
+        zero.reduce_and_partition_stream = _NothingToWaitFor()
+        try:
+            usual()
+        finally:
+            zero.reduce_and_partition_stream = stream
+
+    zero.independent_gradient_partition_epilogue = epilogue
+
+
+class _NothingToWaitFor:
+    """Stands for a stream that the device waits for already."""
+
+    def synchronize(self) -> None:
+        """Lets the host go on."""
+
+
 def _whole_group(zero: Any, group: int, dtype: torch.dtype) -> tuple[Any, dict[int, Tensor]]:
     """Returns room for a group's gradients, as ZeRO builds it, and what of it holds nothing yet.
 
@@ -231,63 +265,6 @@ def _accumulate(
     parameter.grad = None
 
 
-# --- gradients in host memory ------------------------------------------------------------------
-
-
-def complete_offloaded(engine: Any) -> None:
-    """Has an offloading ZeRO step with the gradients of this step's micro-steps, all of them.
-
-    It copies a gradient to the host in the last backward, if that reaches the Parameter: of one
-    that only earlier micro-steps reached the sum is lost, and in both cases the step takes what
-    the step before had left there. Its end of a step by hand looks through all micro-steps
-    (`_finalize_offload_gradient_accumulation` of zero/stage3.py,
-    `_finalize_cpu_offload_gradient_accumulation` of zero/stage_1_and_2.py); whom that does not
-    find has a gradient of zero.
-    """
-    zero = engine.optimizer
-    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) and zero.offload_optimizer:
-        begin_step = zero._pre_step
-
-        def pre_step() -> None:
-            _complete_zero3(zero)
-            begin_step()
-
-        zero._pre_step = pre_step
-    elif isinstance(zero, DeepSpeedZeroOptimizer) and zero.cpu_offload:
-        step = zero.step
-
-        def complete_and_step(*inputs: Any, **named: Any) -> Any:
-            _complete_zero12(zero)
-            return step(*inputs, **named)
-
-        zero.step = complete_and_step
-
-
-def _complete_zero3(zero: Any) -> None:
-    norms, number_of = zero.norm_for_param_grads, zero.get_param_id
-    parameters = [parameter for group in zero.fp16_groups for parameter in group]
-    copied = {parameter.ds_id for parameter in parameters if number_of(parameter) in norms}
-    zero._offload_boundary_param_ids -= copied
-    zero._finalize_offload_gradient_accumulation()
-    for parameter in parameters:
-        if number_of(parameter) not in norms:
-            group, offset, _ = zero.grad_position[number_of(parameter)]
-            host = zero.fp32_partitioned_groups_flat[group].grad
-            host.narrow(0, offset, parameter.partition_numel()).zero_()
-
-
-def _complete_zero12(zero: Any) -> None:
-    norms, number_of = zero.norm_for_param_grads, zero.get_param_id
-    zero._offload_accumulated_param_ids -= set(norms)
-    zero._finalize_cpu_offload_gradient_accumulation()
-    for group, parameters in enumerate(zero.params_in_partition):
-        for number in map(number_of, parameters):
-            if number not in norms:
-                _, _, offset, num_elements = zero.grad_position[number]
-                host = zero.single_partition_of_fp32_groups[group].grad
-                host.view(-1).narrow(0, offset, num_elements).zero_()
-
-
 # --- norm and clipping ------------------------------------------------------------------------
 
 
@@ -308,17 +285,21 @@ def _norm_at_once_zero3(zero: Any) -> None:
 
     Each of those is a pass that first widens to float64, and an exchange that the next waits for.
     Every element is in one partition of one rank, so one sum over all ranks is the whole
-    (`_get_norm_groups` of zero/stage3.py).
+    (`_get_norm_groups` of zero/stage3.py). The device takes it as soon as a step begins, while the
+    host puts Parameters away (`step`).
     """
-    usual = zero._get_norm_groups
+    if zero.offload_optimizer:
+        return
+    begin_step, begun = zero._pre_step, list[Tensor]()
 
-    def norm_groups() -> list[Tensor]:
-        if zero.offload_optimizer:
-            return list(usual())
-        return [_norm_over_ranks([zero.grad_partitions_flat_buffer], zero.dp_process_group)]
+    def pre_step() -> None:
+        begin_step()
+        gradients = [zero.grad_partitions_flat_buffer]
+        begun[:] = [_norm_over_ranks(gradients, zero.dp_process_group)]
 
     assert zero.model_parallel_group is None
-    zero._get_norm_groups = norm_groups
+    zero._pre_step = pre_step
+    zero._get_norm_groups = lambda: [begun.pop()]
 
 
 def _norm_at_once_zero12(zero: Any) -> None:

@@ -1,6 +1,6 @@
 """Where epctl relies on an internal of DeepSpeed 0.19.8: from the step to the model's weights.
 
-The third part of deepspeed_seams.py, with its rules. A client optimizer that writes what the model
+A part of deepspeed_seams.py, with its rules. A client optimizer that writes what the model
 computes with in the pass that writes its float32 master spares ZeRO a pass over both; and weights
 that other ranks hold are gathered while the next group steps.
 """

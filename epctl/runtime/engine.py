@@ -19,8 +19,10 @@ from epctl.runtime.attention_logits import AttentionLogits
 from epctl.runtime.balance import set_up_balance
 from epctl.runtime.chunked_loss import limit_logits
 from epctl.runtime.data_batch import Batch
-from epctl.runtime.deepspeed_gradients import complete_offloaded, shorten_gradients
+from epctl.runtime.deepspeed_gradients import shorten_gradients
+from epctl.runtime.deepspeed_offload import complete_offloaded
 from epctl.runtime.deepspeed_step import weights_written_by_optimizer
+from epctl.runtime.deepspeed_whole import show_whole
 from epctl.runtime.guards import StepGuard
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.muon_rule import MuonRule
@@ -75,6 +77,7 @@ def create_engine(
         )
     optimizer = optimizers[-1]
     complete_offloaded(engine)
+    show_whole(engine)
     copies = weights_written_by_optimizer(engine)
     shorten_gradients(engine, optimizer.divide_gradients_by, takes_any_dtype=bool(copies))
     optimizer.wire(seams.flat_partitions(engine), engine.device, copies)

@@ -142,9 +142,19 @@ def _owned(
         target_BMN = owned[run.shape][run.index : run.index + run.count]
         _normalize_run(step, run, target_BMN, rule)
     for shape, batch_BMN in slices.assemble().items():
-        for matrix_MN, index in zip(batch_BMN, chunk.assembled[shape], strict=True):
-            rule.normalize_into(matrix_MN[None], owned[shape][index : index + 1])
+        for place, index, count in consecutive(chunk.assembled[shape]):
+            target_BMN = owned[shape][index : index + count]
+            rule.normalize_into(batch_BMN[place : place + count], target_BMN)
     return owned
+
+
+def consecutive(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yields (place, first number, count) of each stretch in which they go up by one."""
+    begin = 0
+    for place in range(1, len(numbers) + 1):
+        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
+            yield begin, numbers[begin], place - begin
+            begin = place
 
 
 def _apply_at_home(step: UnitStep, chunk: Chunk, owned: Batches, rule: MuonRule) -> None:

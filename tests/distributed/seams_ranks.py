@@ -18,6 +18,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from parity_ranks import case_config, rank_batches, tiny_config
 from torch import nn
 from torch.nn import functional
@@ -26,6 +28,7 @@ from epctl.errors import ConfigError, ResourceError
 from epctl.launch.ds_config import deepspeed_config
 from epctl.runtime import deepspeed_gradients
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime import engine as engine_module
 from epctl.runtime.build import build_model
 from epctl.runtime.checkpoint import save_model
 from epctl.runtime.engine import create_engine, train_step
@@ -74,11 +77,13 @@ def make(
     bfloat16: bool = False,
     trainable: str = "all",
     model: dict[str, Any] | None = None,
+    zero_settings: dict[str, Any] | None = None,
     **case: Any,
 ) -> tuple[Any, Any, Any, Any, Any]:
     config = case_config({"zero": zero, "ep": ep, **case}, dist.get_world_size())
     mesh = seams.create_mesh(ep)
     ds_config = deepspeed_config(config, bfloat16=bfloat16, on_cpu=True)
+    ds_config["zero_optimization"] |= zero_settings or {}
     built = build_model(
         tiny_config(**(model or {})),
         mesh,
@@ -405,6 +410,56 @@ def hooks_by_layer() -> dict[str, Any]:
     return result
 
 
+def whole_and_fetched() -> dict[str, Any]:
+    """ZeRO-3 with every expert on one rank: left in place by epctl, fetched as by DeepSpeed alone.
+
+    How often it fetched what is whole once it knows the order of layers, which share of the second
+    layer's cut Parameters was on its way when that began, and what differs in results.
+    """
+    found: dict[str, Any] = {}
+    show, handle = engine_module.show_whole, partition_parameters.NoGatherCoalescedHandle
+    results = []
+    # Dense matrices are cut, and what is fetched ahead ends with the first of a layer's experts.
+    small = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 4000}
+    for way in ("shown", "fetched"):
+        fetches: list[int] = []
+        ahead: list[float] = []
+
+        class Counted(handle):  # type: ignore[misc, valid-type]
+            def __init__(self, params: list[Any], fetches: list[int] = fetches) -> None:
+                fetches.append(len(params))
+                super().__init__(params)
+
+        engine_module.show_whole = show if way == "shown" else lambda engine: []
+        config, mesh, engine, optimizer, scheduler = make(3, 4, zero_settings=small, accumulation=2)
+        layer = engine.module.model.layers[1]
+        cut = [p for p in layer.parameters() if dist.get_world_size(p.ds_process_group) > 1]
+        cut = [p for p in cut if not p.ds_persist]
+
+        def look(*_: Any, cut: list[Any] = cut, ahead: list[float] = ahead) -> None:
+            missing = sum(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in cut)
+            ahead.append(1 - missing / len(cut))
+
+        layer.register_forward_pre_hook(look, prepend=True)
+        norms = []
+        for number in range(4):
+            if number == 3:
+                partition_parameters.NoGatherCoalescedHandle = Counted
+            step = train_step(engine, scheduler, rank_batches(number, config), config, mesh)
+            norms.append(step)
+        partition_parameters.NoGatherCoalescedHandle = handle
+        for parameter in engine.module.parameters():
+            with seams.full_parameters([parameter]):
+                results.append(parameter.detach().clone())
+        results += [*masters(engine), *moments(optimizer)]
+        found[way] = {"steps": norms, "fetches": sum(fetches), "ahead": ahead[-1]}
+        engine.destroy()
+    engine_module.show_whole = show
+    half = len(results) // 2
+    pairs = zip(results[:half], results[half:], strict=True)
+    return found | {"equal": all(torch.equal(a, b) for a, b in pairs), "compared": half}
+
+
 def main(folder: Path) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
@@ -428,6 +483,7 @@ def main(folder: Path) -> None:
         for zero in (1, 3):
             result[f"{trainable} {zero}"] = steps_of_a_part(zero, trainable)
     result["hooks"] = hooks_by_layer()
+    result["whole"] = whole_and_fetched()
     for zero in (1, 2, 3):
         for offload in (False, True):
             # No weight moves by a rounding of bfloat16: ways differ by what they do to gradients.

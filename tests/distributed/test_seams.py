@@ -181,3 +181,15 @@ def test_zero3_reduces_the_gradients_of_a_part_as_zero1_does(ranks: Ranks, train
 def test_zero3_hooks_layers_and_not_what_is_in_them(ranks: Ranks) -> None:
     for rank in ranks:
         assert rank["hooks"] == {"layers": True, "inner": 0, "hooks": 0}
+
+
+def test_zero3_leaves_whole_parameters_in_place_and_gathers_others_ahead(ranks: Ranks) -> None:
+    for rank in ranks:
+        found = rank["whole"]
+        assert found["shown"]["fetches"] == 0
+        assert found["fetched"]["fetches"] > 0  # or there is nothing to leave in place
+        assert found["shown"]["ahead"] == 1
+        assert found["fetched"]["ahead"] < 1
+        assert found["shown"]["steps"] == found["fetched"]["steps"]
+        assert found["equal"]
+        assert found["compared"] > 20

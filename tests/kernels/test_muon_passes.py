@@ -311,7 +311,7 @@ def test_torch_runs_until_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert choose_passes(gpu, "torch") == PassChoice("torch", "named")
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(muon_passes, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert choose_passes(gpu).reason == "measured on NVIDIA H100 80GB HBM3"
     monkeypatch.setattr(muon_passes, "MEASURED_ON", ())
     assert choose_passes(gpu, "triton").implementation == "triton"

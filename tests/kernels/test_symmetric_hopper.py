@@ -94,6 +94,84 @@ def test_a_cpu_and_small_products_stay_with_triton() -> None:
     assert not symmetric_hopper.fits(x, x, None, x[..., :1408])
 
 
+class StandIn:
+    """A kernel whose launches are counted, not started; tensors are on the CPU."""
+
+    def __init__(self) -> None:
+        self.prepared: list[tuple[Any, ...]] = []
+        self.started: list[int] = []
+
+    def tensor_map(self, x: Tensor, box: tuple[int, int]) -> tuple[int, tuple[int, ...]]:
+        return x.data_ptr(), x.stride()
+
+    def prepare(self, place: Any, sizes: tuple[int, int], *arguments: Any) -> Any:
+        number = len(self.prepared)
+        self.prepared.append((place, sizes, *arguments))
+        return lambda: self.started.append(number)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    kernel = StandIn()
+    monkeypatch.setattr(symmetric_hopper, "_kernel", lambda *_: kernel)
+    monkeypatch.setattr(symmetric_hopper, "_num_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(symmetric_hopper, "_LAUNCHES", {})
+    here = cuda_source.StreamState(0, 7, False)
+    monkeypatch.setattr(cuda_source.StreamState, "current", lambda: here)
+    return kernel
+
+
+def test_a_launch_is_prepared_once_for_what_decides_it(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.zeros(2, 128, 64, dtype=torch.float16)
+    gram, out = torch.zeros(2, 2, 128, 128, dtype=torch.float16).unbind()
+    product = symmetric_hopper.symmetric_product
+    product(x, x, None, out, 1.0, 1.0)
+    product(x, x, None, out, 1.0, 1.0)
+    assert stand_in.started == [0, 0]
+    product(x, x, None, out, 2.0, 1.0)  # factors
+    product(x, x, gram, out, 1.0, 1.0)  # what is added
+    product(x, x, None, gram, 1.0, 1.0)  # an address
+    product(x.view(2, 64, 128).mT, x, None, out, 1.0, 1.0)  # strides
+    product(x.bfloat16(), x, None, out, 1.0, 1.0)
+    for place in ((0, 8, False), (0, 7, True), (1, 7, False)):
+        state = cuda_source.StreamState(*place)
+        monkeypatch.setattr(cuda_source.StreamState, "current", lambda state=state: state)
+        product(x, x, None, out, 1.0, 1.0)
+    assert stand_in.started == [0, 0, *range(1, 9)]
+
+
+def test_only_what_was_started_is_started_again(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(symmetric_hopper, "LEAST_FILLED", 0.0)
+    x = torch.zeros(2, 512, 512, dtype=torch.float16)
+    small = torch.zeros(2, 128, 128, dtype=torch.float16)  # Triton's, unless it is named
+    out, other = torch.zeros_like(x), torch.zeros_like(small)
+    again = symmetric_hopper.start_again
+    assert not again(x, x, x, out, 1.0, 1.0)
+    for operand, result in ((x, out), (small, other)):
+        symmetric_hopper.symmetric_product(operand, operand, operand, result, 1.0, 1.0)
+    assert again(x, x, x, out, 1.0, 1.0)
+    assert not again(x, x, x, out, 1.0, 0.5)
+    assert not again(small, small, small, other, 1.0, 1.0)
+    monkeypatch.setenv(cuda_source.SWITCH, "0")
+    assert not again(x, x, x, out, 1.0, 1.0)
+    assert stand_in.started == [0, 1, 0]
+
+
+def test_prepared_launches_have_a_limit(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetric_hopper, "MOST_LAUNCHES", 3)
+    x = torch.zeros(1, 128, 64, dtype=torch.float16)
+    out = torch.zeros(1, 128, 128, dtype=torch.float16)
+    for number in range(8):
+        symmetric_hopper.symmetric_product(x, x, None, out, float(number), 1.0)
+        assert len(symmetric_hopper._LAUNCHES) <= 3
+    assert stand_in.started == list(range(8))
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 gpu = pytest.mark.gpu
@@ -243,6 +321,24 @@ def test_a_captured_chain_is_the_same() -> None:
         found.fill_(torch.nan)
         graph.replay()
         assert torch.equal(found, expected)
+
+
+@gpu
+def test_what_is_started_again_reads_what_lies_there_now() -> None:
+    from epctl.kernels.symmetric import symmetric_matmul
+
+    x = operand(torch.float16, 24, 1536, 512, False).clone()
+    gram = symmetrized((x.float() @ x.float().mT).half())
+    out = torch.full_like(gram, torch.nan)
+    for scale in (1.0, 0.5):
+        gram.mul_(scale)
+        out.fill_(torch.nan)
+        expected = -1.5 * gram.float() @ gram.float() + 0.75 * gram.float()
+        found = symmetric_matmul(gram, gram, gram, alpha=-1.5, beta=0.75, out=out)
+        assert found is out
+        assert_is(out, expected)
+        assert symmetric_hopper.start_again(gram, gram, gram, out, -1.5, 0.75)
+        assert_is(out, expected)
 
 
 @gpu

@@ -1,11 +1,13 @@
-"""ZeRO-2's end of backward leaves the waiting to the device; the seam needs a GPU's streams."""
+"""The end of backward leaves the waiting to the device; the seams need a GPU's streams."""
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from epctl.runtime import deepspeed_gradients
 
@@ -68,3 +70,65 @@ def test_a_device_that_works_in_order_is_left_alone(
     usual = zero.independent_gradient_partition_epilogue
     deepspeed_gradients._end_backward_on_device_zero12(zero)
     assert zero.independent_gradient_partition_epilogue is usual
+
+
+def fake_zero3(seen: list[Any], *, fails: bool = False, offload: bool = False) -> Any:
+    stream = SimpleNamespace(synchronize=lambda: seen.append("the host stops"))
+    zero = SimpleNamespace(reduce_and_partition_stream=stream, ipg_buckets={torch.bfloat16: None})
+    zero.offload_optimizer, zero.zenflow = offload, False
+
+    def usual() -> None:
+        zero.reduce_and_partition_stream.synchronize()
+        seen.append("usual")
+        if fails:
+            raise RuntimeError("no")
+
+    zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads = lambda dtype: seen.append(
+        ("last bucket leaves", dtype)
+    )
+    zero.independent_gradient_partition_epilogue = usual
+    return zero
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_zero3_leaves_it_to_the_device_too(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Any], *, fails: bool
+) -> None:
+    use_accelerator(monkeypatch, seen, in_order=False)
+    zero = fake_zero3(seen, fails=fails)
+    stream = zero.reduce_and_partition_stream
+    deepspeed_gradients._end_backward_on_device_zero3(zero)
+    with pytest.raises(RuntimeError, match="no") if fails else contextlib.nullcontext():
+        zero.independent_gradient_partition_epilogue()
+    assert seen == [("last bucket leaves", torch.bfloat16), ("waits for", stream), "usual"]
+    assert zero.reduce_and_partition_stream is stream
+
+
+@pytest.mark.parametrize(("offload", "in_order"), [(True, False), (False, True)])
+def test_zero3_stops_the_host_where_it_reads_gradients(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Any], *, offload: bool, in_order: bool
+) -> None:
+    use_accelerator(monkeypatch, seen, in_order=in_order)
+    zero = fake_zero3(seen, offload=offload)
+    usual = zero.independent_gradient_partition_epilogue
+    deepspeed_gradients._end_backward_on_device_zero3(zero)
+    assert zero.independent_gradient_partition_epilogue is usual
+
+
+def test_zero3_takes_the_norm_before_parameters_are_put_away(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Any]
+) -> None:
+    zero = SimpleNamespace(offload_optimizer=False, model_parallel_group=None)
+    zero._pre_step = lambda: seen.append("begins")
+    zero.grad_partitions_flat_buffer, zero.dp_process_group = "gradients", "ranks"
+
+    def norm(gradients: list[str], group: str) -> float:
+        seen.append((gradients, group))
+        return 3.0 + len(seen)
+
+    monkeypatch.setattr(deepspeed_gradients, "_norm_over_ranks", norm)
+    deepspeed_gradients._norm_at_once_zero3(zero)
+    zero._pre_step()
+    assert seen == ["begins", (["gradients"], "ranks")]
+    zero._pre_step()  # one that overflowed asked for no norm
+    assert zero._get_norm_groups() == [7.0]

@@ -66,6 +66,35 @@ def test_kernels_in_the_optimizer_are_its_own() -> None:
     assert (found["optimizer"], found["compute"], found["expert exchange"]) == (10, 10, 4)
 
 
+def numbered(event: dict[str, Any], correlation: int) -> dict[str, Any]:
+    return event | {"args": {"correlation": correlation}}
+
+
+def test_kernels_belong_to_what_launched_them() -> None:
+    """The device marks the innermost annotation alone, of which torch has one in ours."""
+    events = [
+        steps(0, 20, "user_annotation"),
+        span(tb.OPTIMIZER_MARK, 5, 15, "user_annotation"),
+        steps(30, 40),
+        span(tb.OPTIMIZER_MARK, 50, 52, "gpu_user_annotation"),
+        numbered(span("cudaLaunchKernel", 1, 2, "cuda_runtime"), 1),
+        numbered(span("gemm", 30, 50), 1),
+        numbered(span("cudaLaunchKernel", 6, 7, "cuda_runtime"), 2),
+        numbered(span("norm", 50, 52), 2),
+        numbered(span("cuLaunchKernelEx", 8, 9, "cuda_driver"), 3),
+        numbered(span("symmetric_product", 54, 90), 3),
+        numbered(span("cudaLaunchKernel", 25, 26, "cuda_runtime"), 4),
+        numbered(span("of the step after", 95, 99), 4),
+    ]
+    assert parts(events) == {
+        "optimizer": 38,
+        "compute": 20,
+        "expert exchange": 0,
+        "ZeRO and other collectives": 0,
+        "idle": 2,
+    }
+
+
 def test_a_cpu_operator_that_communicates_is_no_work() -> None:
     events = [
         steps(0, 30, "user_annotation"),
