@@ -1,8 +1,8 @@
 """Where epctl relies on an internal of DeepSpeed 0.19.8: groups, layers, partitions.
 
 What happens to gradients is in deepspeed_gradients.py, to those in host memory in
-deepspeed_offload.py, the step to the model's weights in deepspeed_step.py, what ZeRO-3 need not gather
-in deepspeed_whole.py; nothing else may.
+deepspeed_offload.py, the step to the model's weights in deepspeed_step.py, what ZeRO-3 need not
+gather in deepspeed_whole.py; nothing else may.
 
 Each function names the upstream file it leans on. `tests/distributed/test_seams.py` holds one test
 a seam and fails loudly when an upgrade moves it.

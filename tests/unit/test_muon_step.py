@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ def test_stretches_hold_every_number_in_its_place(numbers: list[int]) -> None:
     stretches = list(consecutive(numbers))
     found = [(p + k, first + k) for p, first, count in stretches for k in range(count)]
     assert found == list(enumerate(numbers))
-    for (_, first, count), (_, following, _) in zip(stretches, stretches[1:], strict=False):
+    for (_, first, count), (_, following, _) in itertools.pairwise(stretches):
         assert following != first + count  # none could be longer
 
 
