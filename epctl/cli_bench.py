@@ -125,6 +125,7 @@ def bench_muon(
         "epctl bench train --model moonshotai/Moonlight-16B-A3B --layers 9 --peer deepspeed",
         "epctl bench train --model Qwen/Qwen3-30B-A3B --layers 12 --zero 3 --peer none --scaling",
         "epctl bench train --zero 3 --optim muon --routing balanced --json-file t.json",
+        "epctl bench train --gate-steps 20 --peer none --rounds 1 --steps 1",
     ),
 )
 def bench_train(
@@ -161,6 +162,7 @@ def bench_train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Timed steps a round and routing.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of each engine; default: 2.")] = None,
+    gate_steps: Annotated[int, typer.Option(help="Steps in bfloat16 that the gate compares.")] = 2,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Also on 1, 2, 4, ... ranks below.")
     ] = False,
@@ -203,6 +205,7 @@ def bench_train(
         routings=routing or (),
         steps=steps,
         rounds=rounds,
+        gate_steps=gate_steps,
         scaling=scaling,
         minutes=minutes,
         profile=profile,

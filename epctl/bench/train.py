@@ -61,6 +61,7 @@ def measure(
     routings: Sequence[str] = (),
     steps: int | None = None,
     rounds: int | None = None,
+    gate_steps: int = 2,
     scaling: bool = False,
     minutes: float | None = None,
     profile: bool = True,
@@ -79,6 +80,7 @@ def measure(
         recompute: `train.activation_checkpointing`, of all implementations.
         peers: names of PEERS; None is all, () is none.
         steps, rounds: timed steps a visit and routing, and visits.
+        gate_steps: steps in bfloat16 that the gate compares with the whole model's.
         minutes: no engine's turn begins later than this; what was left out is said.
         settings: `key=value` of epctl's config beyond these.
 
@@ -89,7 +91,7 @@ def measure(
         LaunchError: a rank failed outside of any engine's turn.
     """
     chosen, num_ranks = _place(device, ranks)
-    sizes = _sizes(chosen, sequence_length, micro_batch, recompute, steps, rounds)
+    sizes = _sizes(chosen, sequence_length, micro_batch, recompute, steps, rounds, gate_steps)
     opened = open_bench_model(model or (GPU_MODEL if chosen == "cuda" else TINY))
     if model is None and chosen == "cuda" and layers is None:
         layers = GPU_LAYERS
@@ -133,15 +135,16 @@ def _place(device: str | None, ranks: int | None) -> tuple[Device, int]:
 
 
 def _sizes(device: Device, length: int | None, rows: int | None, recompute: str | None,
-           steps: int | None, rounds: int | None) -> Sizes:  # fmt: skip
+           steps: int | None, rounds: int | None, gate_steps: int) -> Sizes:  # fmt: skip
     given: dict[str, Any] = {
         "sequence_length": length,
         "micro_batch": rows,
         "recompute": recompute,
         "steps": steps,
         "rounds": rounds,
+        "gate_steps": gate_steps,
     }
-    if min(value for value in (length, rows, steps, rounds, 1) if value is not None) < 1:
+    if min(value for value in (length, rows, steps, rounds, gate_steps) if value is not None) < 1:
         raise ConfigError("bench train needs at least one token, sequence, step and round")
     return SIZES[device]._replace(**{k: v for k, v in given.items() if v is not None})
 
@@ -161,6 +164,7 @@ def _asked(
         "routings": parse_routings(routings),
         "warm_up": sizes.warm_up,
         "steps": sizes.steps,
+        "gate_steps": sizes.gate_steps,
         "profile": profile,
     }
 

@@ -50,11 +50,12 @@ class Sizes(NamedTuple):
     rounds: int
     gate_length: int
     gate_rows: int
+    gate_steps: int
 
 
 SIZES: Mapping[Device, Sizes] = {
-    "cpu": Sizes(64, 2, "none", 0, 2, 2, 32, 2),
-    "cuda": Sizes(4096, 4, "full", 1, 5, 2, 512, 1),
+    "cpu": Sizes(64, 2, "none", 0, 2, 2, 32, 2, 2),
+    "cuda": Sizes(4096, 4, "full", 1, 5, 2, 512, 1, 2),
 }
 
 

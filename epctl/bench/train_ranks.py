@@ -100,7 +100,8 @@ class Ranks:
         folder = self.folder / f"gate-{self.settings['gates'].index(key)}"
         folder.mkdir(exist_ok=True)
         values = self.settings["gate_values"]
-        report = run_gate(values, config, self.device, folder, bfloat16=case["bfloat16"])
+        steps = self.settings["gate_steps"] if case["bfloat16"] else 0
+        report = run_gate(values, config, self.device, folder, bfloat16_steps=steps)
         _let_go(self.device)
         if self.rank == 0:  # it holds a copy of the weights
             shutil.rmtree(folder)

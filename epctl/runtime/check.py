@@ -19,7 +19,14 @@ from epctl.config import ResolvedConfig, RunConfig
 from epctl.errors import ConfigError
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.check_asked import AskedRun
-from epctl.runtime.check_record import TOLERANCES, choice_row, report, step_rows, weight_rows
+from epctl.runtime.check_record import (
+    TOLERANCES,
+    choice_row,
+    direction_rows,
+    report,
+    step_rows,
+    weight_rows,
+)
 from epctl.runtime.check_reference import Reference, run_reference
 from epctl.runtime.data_batch import Batch, TrainingData
 from epctl.runtime.engine import create_engine
@@ -32,6 +39,7 @@ from epctl.runtime.training_model import TrainingModel, open_training_model
 
 REPORT_NAME = "check.json"
 WEIGHTS_NAME = "reference.safetensors"
+GRADIENTS_NAME = "reference-gradients.safetensors"
 
 
 def check(run_folder: Path) -> None:
@@ -72,11 +80,13 @@ def reference_on_rank_0(
     device: torch.device,
     folder: Path,
 ) -> Reference | None:
-    """Trains the unsharded model on rank 0, which keeps its record and writes its weights."""
+    """Trains the unsharded model on rank 0, which keeps its record and writes the rest to files."""
     reference = train_on_rank_0(config, mesh, model, data, device)
     if reference is not None:
         save_file(reference.weights, folder / WEIGHTS_NAME)
+        save_file(reference.gradients, folder / GRADIENTS_NAME)
         reference.weights.clear()
+        reference.gradients.clear()
     dist.barrier()
     return reference
 
@@ -117,7 +127,8 @@ def compare_asked(
     run = AskedRun(engine, optimizer, scheduler, config, mesh)
     steps = [list(rank_batches(config, mesh, data, n)) for n in range(config.check.steps)]
     choices_LTK = run.choices(steps[0])
-    records = run.run(steps)
+    with safe_open(folder / GRADIENTS_NAME, framework="pt") as gradients:
+        records, directions = run.run(steps, gradients)
     with safe_open(folder / WEIGHTS_NAME, framework="pt") as weights:
         squares = run.weight_squares(weights)
     seams.release_engine(engine)
@@ -125,6 +136,8 @@ def compare_asked(
         return {}
     tolerance = TOLERANCES[device.type]
     rows = step_rows(reference.steps, records, tolerance)
+    cosines = {part: found.cosine for part, found in directions.items()}
+    rows += direction_rows(cosines, tolerance)
     if choices_LTK is not None and reference.choices_LTK is not None:
         rows.append(choice_row(reference.choices_LTK, choices_LTK, tolerance))
     rows += weight_rows(squares, len(steps), tolerance)

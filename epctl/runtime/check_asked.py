@@ -14,12 +14,12 @@ from torch import Tensor
 
 from epctl.config import RunConfig
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.check_directions import Agreement, DirectionObserver, gradient_pieces
 from epctl.runtime.check_record import StepRecord, part_of
 from epctl.runtime.data_batch import Batch
 from epctl.runtime.engine import train_step
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.names import HubTensor, hub_tensors
-from epctl.runtime.optimizer import MatrixOptimizer
 
 Squares = dict[str, tuple[float, float]]
 
@@ -34,16 +34,28 @@ class AskedRun:
     config: RunConfig
     mesh: Mesh
 
-    def run(self, steps: list[list[Batch]]) -> list[StepRecord]:
-        """Takes the steps on this rank's micro-batches; a collective."""
+    def run(
+        self, steps: list[list[Batch]], gradients: Any
+    ) -> tuple[list[StepRecord], dict[str, Agreement]]:
+        """Takes the steps on this rank's micro-batches; a collective.
+
+        Args:
+            gradients: an open safetensors file with the reference's of the first step.
+
+        Returns:
+            Every step's record, and how the first gradient agrees with the reference, by part.
+        """
         observer = GradientObserver(self.engine, self.mesh)
         hook = self.optimizer.register_step_pre_hook(observer)
+        directions = DirectionObserver(self.engine, self.mesh, gradients)
+        look = self.optimizer.register_step_pre_hook(directions)
         records = []
         for batches in steps:
             loss, norm = train_step(self.engine, self.scheduler, batches, self.config, self.mesh)
+            look.remove()
             records.append(StepRecord(loss, norm, observer.take()))
         hook.remove()
-        return records
+        return records, directions.take()
 
     @torch.no_grad()
     def choices(self, batches: list[Batch]) -> Tensor | None:
@@ -135,26 +147,10 @@ class GradientObserver:
         self._squares: dict[str, float] = {}
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # epctl's own clips as it reads; DeepSpeed's gets gradients that are clipped.
-        own = optimizer if isinstance(optimizer, MatrixOptimizer) else None
-        divisor = 1.0 if own is None else own.divisor
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                gradient = flat.grad if own is None else own.gradient_of(flat)
-                if gradient is not None:
-                    self._add(self.partitions[id(flat)], gradient.view(-1), divisor)
-
-    def _add(self, partition: seams.FlatPartition, gradient: Tensor, divisor: float) -> None:
-        for fragment in partition.fragments_by_rank[partition.group_rank]:
-            piece = gradient[fragment.offset : fragment.offset + fragment.num_elements]
-            replicas = self._replicas(fragment.parameter) if partition.process_group is None else 1
-            part = self.part_of_parameter[id(fragment.parameter)]
-            square = float(piece.double().square().sum()) / divisor**2 / replicas
-            self._squares[part] = self._squares.get(part, 0.0) + square
-
-    def _replicas(self, parameter: torch.nn.Parameter) -> int:
-        is_expert = seams.is_expert_parameter(parameter)
-        return self.mesh.edp_size if is_expert else self.mesh.num_ranks
+        for piece in gradient_pieces(self.partitions, optimizer, self.mesh):
+            part = self.part_of_parameter[id(piece.fragment.parameter)]
+            square = float(piece.gradient.double().square().sum()) / piece.divisor**2
+            self._squares[part] = self._squares.get(part, 0.0) + square * piece.share
 
     def take(self) -> dict[str, float]:
         """Returns the norms over all ranks since the last call; a collective."""

@@ -52,11 +52,13 @@ class Tolerance:
     """Largest relative difference that rounding explains, in float32.
 
     Sums run in another order over ranks, experts and kernels. `choices` is a share of tokens: two
-    scores that agree to the last digits may swap. `weights` is norm-wise by part after the steps.
+    scores that agree to the last digits may swap. `weights` is norm-wise by part after the steps,
+    `direction` what a gradient's cosine may fall short of one.
     """
 
     loss: float
     norm: float
+    direction: float
     choices: float
     weights: float
 
@@ -64,8 +66,8 @@ class Tolerance:
 # On CPU tiny models differ by 1e-8 to 1e-7; depth and width add some digits. On GPUs tensor cores
 # round float32 factors to 10 bits of mantissa (TF32).
 TOLERANCES = {
-    "cpu": Tolerance(loss=1e-6, norm=1e-5, choices=1e-3, weights=2e-6),
-    "cuda": Tolerance(loss=1e-3, norm=1e-2, choices=2e-2, weights=1e-3),
+    "cpu": Tolerance(loss=1e-6, norm=1e-5, direction=1e-5, choices=1e-3, weights=2e-6),
+    "cuda": Tolerance(loss=1e-3, norm=1e-2, direction=1e-3, choices=2e-2, weights=1e-3),
 }
 
 
@@ -97,6 +99,14 @@ def step_rows(
         quantity = f"gradient of {part}, step 1"
         rows.append(_row(quantity, first.get(part, 0.0), second.get(part, 0.0), tolerance.norm))
     return rows
+
+
+def direction_rows(cosines: Mapping[str, float], tolerance: Tolerance) -> list[Row]:
+    """Returns a row a part from the cosine between its first gradient and the reference's."""
+    return [
+        Row(f"gradient direction of {part}, step 1", None, None, 1 - cosine, tolerance.direction)
+        for part, cosine in sorted(cosines.items())
+    ]
 
 
 def _row(quantity: str, reference: float, asked: float, tolerance: float) -> Row:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from epctl.config import RunConfig
 from epctl.runtime.build import build_model
+from epctl.runtime.check_directions import stored_gradients
 from epctl.runtime.check_record import StepRecord, part_of
 from epctl.runtime.data_batch import Batch
 from epctl.runtime.deepspeed_seams import FlatPartition, Fragment
@@ -29,11 +30,12 @@ from epctl.runtime.training_model import TrainingModel
 
 @dataclass(frozen=True)
 class Reference:
-    """What the unsharded model did."""
+    """What the unsharded model did; `gradients` of the first step, before clipping."""
 
     steps: list[StepRecord]
     choices_LTK: Tensor | None
     weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
 
 
 def run_reference(
@@ -71,13 +73,14 @@ def run_reference(
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate_factor(step, config.train.steps, config.optim)
     )
-    records = []
+    records, gradients = [], dict[str, Tensor]()
     for batches in steps:
-        clipping = config.optim.gradient_clipping
-        records.append(_step(module, optimizer, batches, clipping, device, stored_dtype))
+        loss = _backward(module, optimizer, batches, device, stored_dtype)
+        gradients = gradients or stored_gradients(module)
+        records.append(_update(module, optimizer, loss, config.optim.gradient_clipping))
         rates.step()
     weights = {t.name: t.local().detach().cpu().clone() for t in hub_tensors(module)}
-    return Reference(records, choices_LTK, weights)
+    return Reference(records, choices_LTK, weights, gradients)
 
 
 def _whole_partition(parameter: nn.Parameter, group: dist.ProcessGroup) -> FlatPartition:
@@ -85,14 +88,14 @@ def _whole_partition(parameter: nn.Parameter, group: dist.ProcessGroup) -> FlatP
     return FlatPartition(parameter, group, 0, ((fragment,),))
 
 
-def _step(
+def _backward(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
-    clipping: float,
     device: torch.device,
     stored_dtype: torch.dtype,
-) -> StepRecord:
+) -> float:
+    """Leaves the gradient of the mean over all targets; returns that mean."""
     num_targets = max(1, sum(batch.num_targets for batch in batches))
     optimizer.zero_grad()
     rounds = stored_dtype != torch.float32
@@ -107,6 +110,12 @@ def _step(
     with torch.no_grad():
         for parameter, master in zip(module.parameters(), masters, strict=rounds):
             parameter.copy_(master)
+    return loss
+
+
+def _update(
+    module: nn.Module, optimizer: torch.optim.Optimizer, loss: float, clipping: float
+) -> StepRecord:
     norm = _total(_norms(module))
     if 0 < clipping < norm:
         for parameter in module.parameters():

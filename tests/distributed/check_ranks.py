@@ -57,19 +57,27 @@ def correction_bias_dropped() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def expert_gradient_scaled_by_ep() -> Iterator[None]:
-    """Expert gradients are summed over the ep group instead of averaged."""
+def hook_on_experts(change: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
+    """Has experts get a changed gradient; `change` is also told the expert parallel size."""
     create = check.create_engine
 
-    def with_scaled_gradients(model: Any, config: RunConfig, ds_config: Any) -> Any:
+    def with_hooks(model: Any, config: RunConfig, ds_config: Any) -> Any:
         for parameter in model.parameters():
             if seams.is_expert_parameter(parameter):
-                parameter.register_hook(lambda gradient: gradient * config.parallel.ep)
+                parameter.register_hook(lambda gradient: change(gradient, config.parallel.ep))
         return create(model, config, ds_config)
 
-    with mock.patch.object(check, "create_engine", with_scaled_gradients):
-        yield
+    return mock.patch.object(check, "create_engine", with_hooks)
+
+
+def expert_gradient_scaled_by_ep() -> Any:
+    """Expert gradients are summed over the ep group instead of averaged."""
+    return hook_on_experts(lambda gradient, ep: gradient * ep)
+
+
+def expert_gradients_in_another_order() -> Any:
+    """Each expert gets another's gradient, so every norm is as it was."""
+    return hook_on_experts(lambda gradient, ep: gradient.flip(0))
 
 
 @contextlib.contextmanager
@@ -107,6 +115,7 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "route_scale_dropped": route_scale_dropped,
     "correction_bias_dropped": correction_bias_dropped,
     "expert_gradient_scaled_by_ep": expert_gradient_scaled_by_ep,
+    "expert_gradients_in_another_order": expert_gradients_in_another_order,
     "norm_counting_experts_twice": norm_counting_experts_twice,
     "labels_cut_before_shifted": labels_cut_before_shifted,
 }

@@ -1,7 +1,8 @@
 """Ranks of `epctl bench train` in which things go wrong, by the name in EPCTL_TEST_FAULT.
 
 `engines`: AutoEP runs out of memory on rank 1 while rank 0 waits for it, and transformers trains
-other weights. `scale`: epctl's router forgets the routed scale, which the gate must see.
+other weights. `scale`: epctl's router forgets the routed scale, which the gate must see. `order`:
+in bfloat16 alone, experts get each other's gradients.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epctl.bench import train_engines
+from epctl.bench import train_engines, train_gate
 from epctl.bench.train_engines import Order, Trainee
 from epctl.bench.train_ranks import main
+from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime import moe_rules
 from epctl.runtime.leave import leave
 
@@ -40,12 +42,22 @@ def without_scale(rule: Any) -> dict[str, Any]:
     return route_arguments(rule) | {"scale": 1.0}
 
 
+def experts_reversed(order: Order) -> Trainee:
+    trainee = train_engines.open_epctl(order)
+    for parameter in trainee.engine.module.parameters():
+        if seams.is_expert_parameter(parameter):
+            parameter.register_hook(lambda gradient: gradient.flip(0))
+    return trainee
+
+
 route_arguments = moe_rules.RouterRule.route_arguments
 
 if __name__ == "__main__":
     if os.environ["EPCTL_TEST_FAULT"] == "scale":
         moe_rules.RouterRule.route_arguments = without_scale  # type: ignore[method-assign]
-    else:
+    elif os.environ["EPCTL_TEST_FAULT"] == "order":
+        train_gate.open_epctl = experts_reversed  # type: ignore[attr-defined]
+    elif os.environ["EPCTL_TEST_FAULT"] == "engines":
         train_engines.OPENERS["deepspeed"] = out_of_memory  # type: ignore[index]
         train_engines.OPENERS["transformers"] = other_weights  # type: ignore[index]
     leave(main(Path(sys.argv[1]), json.loads(sys.argv[2])))

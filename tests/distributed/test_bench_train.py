@@ -57,7 +57,7 @@ def test_epctls_rows_state_ratios_memory_and_their_gate(result: Run) -> None:
     for row in result[0]["rows"]:
         if row["implementation"] != "epctl":
             continue
-        assert row["gate"].keys() == {"loss", "norm", "weights"}
+        assert row["gate"].keys() == {"loss", "norm", "direction", "weights"}
         assert row["predicted_gib"] > 0.1
         for peer in ("deepspeed", "transformers"):
             assert row[f"speed_over_{peer}"] > 0
@@ -108,3 +108,25 @@ def test_a_failed_engine_is_a_row_and_the_others_go_on(
 def test_a_forgotten_route_scale_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GateError, match=r"gate red: 2 ranks, EP 2, ZeRO-3, muon: .* allowed"):
         measure_with("scale", monkeypatch, zero=[3], optim=["muon"], peers=())
+
+
+IN_BFLOAT16: dict[str, Any] = {
+    "zero": [3], "optim": ["muon"], "peers": (), "rounds": 1, "profile": False,
+    "settings": ["train.precision=bfloat16"],
+}  # fmt: skip
+
+
+def test_twenty_steps_in_bfloat16_stay_with_the_whole_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    document = measure_with("none", monkeypatch, gate_steps=20, **IN_BFLOAT16)
+    gate = document["rows"][0]["gate"]
+    assert 0 < gate["bfloat16_loss"] <= 2e-3
+    assert 0 < gate["bfloat16_direction"] < 1e-3
+
+
+def test_a_gradient_that_is_wrong_in_bfloat16_alone_stops_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(GateError, match=r"bfloat16 gradient direction, step 1: .* allowed"):
+        measure_with("order", monkeypatch, **IN_BFLOAT16)

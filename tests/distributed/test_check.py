@@ -27,6 +27,7 @@ FAULTY: dict[str, dict[str, Any]] = {
     "route_scale_dropped": {"ep": 4, "zero": 3},
     "correction_bias_dropped": {"ep": 2, "zero": 3},
     "expert_gradient_scaled_by_ep": {"ep": 2, "zero": 2},
+    "expert_gradients_in_another_order": {"ep": 2, "zero": 3},
     "norm_counting_experts_twice": {"ep": 2, "zero": 0},
     "labels_cut_before_shifted": {"ep": 2, "zero": 2, "more": SHARED},
 }
@@ -35,6 +36,7 @@ POINTS_AT = {
     "route_scale_dropped": "loss, step 1",
     "correction_bias_dropped": "router choices, share of tokens",
     "expert_gradient_scaled_by_ep": "gradient of experts, step 1",
+    "expert_gradients_in_another_order": "gradient direction of experts, step 1",
     "norm_counting_experts_twice": "gradient norm, step 1",
     "labels_cut_before_shifted": "loss, step 1",
 }
@@ -98,3 +100,19 @@ def test_verdict_is_exit_code_7(tmp_path: Path, reports: dict[str, Any]) -> None
     with pytest.raises(GateError, match="ZeRO-3 does not train as the whole model") as caught:
         conclude(tmp_path, output)
     assert exit_code_of(caught.value) == 7
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_directions_are_those_of_the_whole_model(reports: dict[str, Any], name: str) -> None:
+    """What is left of the tolerance is the rounding of the stored reference."""
+    found = [row for row in reports[name]["rows"] if "direction" in row["quantity"]]
+    assert len(found) >= 5
+    assert all(row["difference"] < 2e-6 for row in found), found
+
+
+def test_a_gradient_of_the_right_length_may_point_elsewhere(reports: dict[str, Any]) -> None:
+    rows = {r["quantity"]: r for r in reports["expert_gradients_in_another_order"]["rows"]}
+    assert rows["gradient of experts, step 1"]["ok"]
+    assert rows["gradient norm, step 1"]["ok"]
+    assert rows["gradient direction of attention, step 1"]["ok"]
+    assert rows["gradient direction of experts, step 1"]["difference"] > 0.5
