@@ -158,8 +158,10 @@ def _legend(result: Result) -> str:
 def draw(result: Result, figure: Figure) -> None:
     """Draws tokens/s, peak memory and, where measured, a step's parts, a group a case."""
     rows = [row for row in result["rows"] if "failed" not in row]
-    figure.set_size_inches(15, 1.6 + 0.28 * len(rows))
-    speed, memory, parts = figure.subplots(1, 3, sharey=True)
+    measured = any("breakdown_ms" in row for row in rows)
+    figure.set_size_inches(15 if measured else 11, 1.6 + 0.28 * len(rows))
+    panels = figure.subplots(1, 3 if measured else 2, sharey=True)
+    speed, memory = panels[:2]
     labels = [_label(row) for row in rows]
     colors = ["tab:blue" if row["implementation"] == OWN else "tab:gray" for row in rows]
     speed.barh(labels, [row["tokens_per_second"]["median"] for row in rows], color=colors)
@@ -167,12 +169,12 @@ def draw(result: Result, figure: Figure) -> None:
     for place, row in enumerate(rows):
         if "predicted_gib" in row:
             memory.plot([row["predicted_gib"]], [place], "|", color="tab:red", ms=12, mew=2)
-    _draw_parts(parts, rows, labels)
+    if measured:
+        _draw_parts(panels[2], rows, labels)
     speed.set_title("tokens/s a rank")
     memory.set_title("peak GiB a rank (red: predicted)")
-    parts.set_title("ms of a step")
     speed.invert_yaxis()
-    for axes in (speed, memory, parts):
+    for axes in panels:
         axes.tick_params(axis="y", labelsize=7)
         axes.grid(axis="x", alpha=0.3)
     figure.suptitle(_title(result), fontsize=10)
@@ -191,4 +193,5 @@ def _draw_parts(axes: Any, rows: list[dict[str, Any]], labels: list[str]) -> Non
         lengths = [row.get("breakdown_ms", {}).get(part, 0.0) for row in rows]
         axes.barh(labels, lengths, left=starts, color=color, label=part)
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+    axes.set_title("ms of a step")
     axes.legend(fontsize=7)

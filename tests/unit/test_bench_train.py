@@ -304,6 +304,10 @@ def test_scaling_is_over_the_fewest_ranks() -> None:
     assert [r["scaling"] for r in own if r["routing"] == "natural"] == [1.0, 0.5]
 
 
+def without_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "breakdown_ms"} for row in rows]
+
+
 def test_the_document_is_shown_drawn_and_compared(tmp_path: Any) -> None:
     from matplotlib.figure import Figure
     from rich.console import Console
@@ -323,7 +327,10 @@ def test_the_document_is_shown_drawn_and_compared(tmp_path: Any) -> None:
     text = console.export_text()
     assert "ZeRO-2, adamw: deepspeed failed: out of memory: too much" in text
     assert "where a step goes" in text
-    train_view.draw(document, Figure())
+    for rows, num_panels in ((document["rows"], 3), (without_parts(document["rows"]), 2)):
+        figure = Figure()
+        train_view.draw(document | {"rows": rows}, figure)
+        assert len(figure.axes) == num_panels
     changes = compare_results(document, document)
     assert {change.metric for change in changes} >= {"tokens_per_second", "mfu", "peak_gib"}
     assert all(change.within_spread for change in changes)
