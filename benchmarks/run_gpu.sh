@@ -10,6 +10,8 @@
 #              sanitizer     compute-sanitizer over the block's kernels
 #   two GPUs   train-z3, train-z2   Muon and AdamW beside DeepSpeed, whose first Muon step compiles (4 min each)
 #              train-27      the whole Moonlight, epctl alone (3 min)
+#              train-gate    twenty steps in bfloat16 beside the whole model, ZeRO-2 and 3, Muon and AdamW (not run yet)
+#              scaling       one GPU and both, epctl alone (not run yet)
 #              sp            one vision-language sample over both (4 min)
 set -euo pipefail
 name=${1:?which run}
@@ -32,6 +34,8 @@ case $name in
   train-z3) bench train --zero 3 --optim adamw,muon --peer deepspeed --rounds 1 --steps 4 --no-profile ;;
   train-z2) bench train --zero 2 --optim adamw,muon --peer deepspeed --rounds 1 --steps 4 --no-profile ;;
   train-27) bench train --model $moonlight --zero 3 --optim muon --micro-batch 6 --peer none --rounds 1 --steps 5 ;;
+  train-gate) bench train --gate-steps 20 --peer none --rounds 1 --steps 1 --routing natural --no-profile ;;
+  scaling) bench train --zero 3 --scaling --peer none --rounds 1 --steps 5 --no-profile ;;
   sp) bench multimodal-sp --rounds 3 ;;
   *) echo "unknown run: $name" >&2; exit 2 ;;
 esac

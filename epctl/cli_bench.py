@@ -162,7 +162,9 @@ def bench_train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Timed steps a round and routing.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of each engine; default: 2.")] = None,
-    gate_steps: Annotated[int, typer.Option(help="Steps in bfloat16 that the gate compares.")] = 2,
+    gate_steps: Annotated[
+        int | None, typer.Option(help="Steps in bfloat16 that the gate compares; default: 2.")
+    ] = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Also on 1, 2, 4, ... ranks below.")
     ] = False,

@@ -151,12 +151,13 @@ def symmetric_product(
 ) -> None:
     """Does what `symmetric_matmul` says, for operands that `fits` accepts."""
     key = _key(left_BRK, right_BRK, added_BRR, out_BRR, alpha, beta)
-    if key not in _LAUNCHES:
+    known = _LAUNCHES.get(key)  # once: another thread may clear it
+    if known is None:
         if len(_LAUNCHES) >= MOST_LAUNCHES:
             _LAUNCHES.clear()
         launch = _prepare(key[0], left_BRK, right_BRK, added_BRR, out_BRR, alpha, beta)
-        _LAUNCHES[key] = _Known(launch, is_faster(left_BRK))
-    _LAUNCHES[key].launch()
+        known = _LAUNCHES[key] = _Known(launch, is_faster(left_BRK))
+    known.launch()
 
 
 def _prepare(

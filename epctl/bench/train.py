@@ -43,6 +43,7 @@ MODULE = "epctl.bench.train_ranks"
 GPU_MODEL, GPU_LAYERS = "moonshotai/Moonlight-16B-A3B", 9
 CPU_RANKS = 2
 # The longest a rank works without a word: an engine's build with a compilation in its first step.
+MOST_GATE_STEPS = 100
 SILENCE_SECONDS = 420.0
 
 
@@ -61,7 +62,7 @@ def measure(
     routings: Sequence[str] = (),
     steps: int | None = None,
     rounds: int | None = None,
-    gate_steps: int = 2,
+    gate_steps: int | None = None,
     scaling: bool = False,
     minutes: float | None = None,
     profile: bool = True,
@@ -80,7 +81,7 @@ def measure(
         recompute: `train.activation_checkpointing`, of all implementations.
         peers: names of PEERS; None is all, () is none.
         steps, rounds: timed steps a visit and routing, and visits.
-        gate_steps: steps in bfloat16 that the gate compares with the whole model's.
+        gate_steps: steps in bfloat16 that the gate compares with the whole model's; None is 2.
         minutes: no engine's turn begins later than this; what was left out is said.
         settings: `key=value` of epctl's config beyond these.
 
@@ -106,6 +107,8 @@ def measure(
         sizes=sizes,
         settings=settings,
     )
+    if gate_steps is not None and not cases[0].bfloat16:
+        out.warning("`--gate-steps` is ignored: nothing is timed in bfloat16 here")
     names = parse_peers(peers)
     asked = _asked(opened, sizes, routings, profile)
     asked["deadline"] = None if minutes is None else time.time() + 60 * minutes
@@ -135,7 +138,7 @@ def _place(device: str | None, ranks: int | None) -> tuple[Device, int]:
 
 
 def _sizes(device: Device, length: int | None, rows: int | None, recompute: str | None,
-           steps: int | None, rounds: int | None, gate_steps: int) -> Sizes:  # fmt: skip
+           steps: int | None, rounds: int | None, gate_steps: int | None) -> Sizes:  # fmt: skip
     given: dict[str, Any] = {
         "sequence_length": length,
         "micro_batch": rows,
@@ -144,8 +147,14 @@ def _sizes(device: Device, length: int | None, rows: int | None, recompute: str 
         "rounds": rounds,
         "gate_steps": gate_steps,
     }
-    if min(value for value in (length, rows, steps, rounds, gate_steps) if value is not None) < 1:
+    counts = (length, rows, steps, rounds, gate_steps, 1)
+    if min(value for value in counts if value is not None) < 1:
         raise ConfigError("bench train needs at least one token, sequence, step and round")
+    if (gate_steps or 0) > MOST_GATE_STEPS:
+        raise ConfigError(
+            f"{gate_steps} steps of the gate are more than {MOST_GATE_STEPS}: ranks that wait for "
+            "the whole model so long are taken for dead"
+        )
     return SIZES[device]._replace(**{k: v for k, v in given.items() if v is not None})
 
 
@@ -298,6 +307,7 @@ def _document(run: _Run) -> Result:
         "recompute": sizes.recompute,
         "steps": sizes.steps,
         "rounds": sizes.rounds,
+        "gate_steps": sizes.gate_steps if run.cases[0].bfloat16 else 0,
         "precision": "bfloat16" if run.cases[0].bfloat16 else "float32",
         "matmul_tflops": rate,
         "vendor_tflops": vendor / 1e12 if vendor else None,

@@ -19,6 +19,7 @@ from epctl.config import ResolvedConfig, RunConfig
 from epctl.errors import ConfigError
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime.check_asked import AskedRun
+from epctl.runtime.check_directions import cosines
 from epctl.runtime.check_record import (
     TOLERANCES,
     choice_row,
@@ -54,6 +55,9 @@ def check(run_folder: Path) -> None:
     result = compare_asked(config, mesh, model, data, device, events, run_folder, reference)
     events.write("check", **result)
     finish_rank(events)
+    if mesh.rank == 0:  # 6 bytes a parameter
+        for name in (WEIGHTS_NAME, GRADIENTS_NAME):
+            (run_folder / name).unlink()
 
 
 def open_cut_model(config: RunConfig, run_folder: Path) -> TrainingModel:
@@ -128,7 +132,8 @@ def compare_asked(
     steps = [list(rank_batches(config, mesh, data, n)) for n in range(config.check.steps)]
     choices_LTK = run.choices(steps[0])
     with safe_open(folder / GRADIENTS_NAME, framework="pt") as gradients:
-        records, directions = run.run(steps, gradients)
+        records, agreements = run.run(steps, gradients)
+        directions = cosines(agreements, gradients) if mesh.rank == 0 else {}
     with safe_open(folder / WEIGHTS_NAME, framework="pt") as weights:
         squares = run.weight_squares(weights)
     seams.release_engine(engine)
@@ -136,8 +141,7 @@ def compare_asked(
         return {}
     tolerance = TOLERANCES[device.type]
     rows = step_rows(reference.steps, records, tolerance)
-    cosines = {part: found.cosine for part, found in directions.items()}
-    rows += direction_rows(cosines, tolerance)
+    rows += direction_rows(directions, tolerance)
     if choices_LTK is not None and reference.choices_LTK is not None:
         rows.append(choice_row(reference.choices_LTK, choices_LTK, tolerance))
     rows += weight_rows(squares, len(steps), tolerance)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from epctl.config import RunConfig
 from epctl.runtime import deepspeed_seams as seams
+from epctl.runtime.balance import routers_of
 from epctl.runtime.check_directions import Agreement, DirectionObserver, gradient_pieces
 from epctl.runtime.check_record import StepRecord, part_of
 from epctl.runtime.data_batch import Batch
@@ -63,7 +64,8 @@ class AskedRun:
 
         None for DeepSpeed's own layer, whose router does not say.
         """
-        routers = [m for m in self.engine.module.modules() if hasattr(m, "tokens_per_expert")]
+        counting = routers_of(self.engine.module)
+        routers = [m for m in counting if not isinstance(m, seams.AutoEPMoELayer)]
         if not routers:
             return None
         found: list[list[Tensor]] = [[] for _ in routers]

@@ -102,7 +102,7 @@ def step_rows(
 
 
 def direction_rows(cosines: Mapping[str, float], tolerance: Tolerance) -> list[Row]:
-    """Returns a row a part from the cosine between its first gradient and the reference's."""
+    """Returns a row for each cosine between a part's first gradient and the reference's."""
     return [
         Row(f"gradient direction of {part}, step 1", None, None, 1 - cosine, tolerance.direction)
         for part, cosine in sorted(cosines.items())

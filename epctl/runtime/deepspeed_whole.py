@@ -35,10 +35,12 @@ def show_whole(engine: Any) -> list[nn.Parameter]:
     if not whole:
         return []
     offload = zero.parameter_offload
-    take_away = offload.partition_all_parameters
+    coordinator = offload.get_param_coordinator()
+    begin_forward, take_away = coordinator.reset_step, offload.partition_all_parameters
     nothing = {p.dtype: torch.empty(0, dtype=p.dtype, device=engine.device) for p in whole}
 
-    def show(module: nn.Module, arguments: Any) -> None:
+    def show() -> None:
+        begin_forward()  # forgets how much is available
         for parameter in whole:
             if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE:
                 parameter.data = parameter.ds_tensor.data.view(parameter.ds_shape)
@@ -54,9 +56,9 @@ def show_whole(engine: Any) -> list[nn.Parameter]:
 
     for parameter in whole:
         parameter.ds_persist = True
+    # Before the first module of a forward fetches ahead, or these would be what it fetches.
+    coordinator.reset_step = show
     offload.partition_all_parameters = hide
-    # After DeepSpeed's own, which begins a forward by forgetting how much is available.
-    engine.module.register_forward_pre_hook(show)
     return whole
 
 

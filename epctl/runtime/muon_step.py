@@ -142,6 +142,7 @@ def _owned(
         target_BMN = owned[run.shape][run.index : run.index + run.count]
         _normalize_run(step, run, target_BMN, rule)
     for shape, batch_BMN in slices.assemble().items():
+        assert len(batch_BMN) == len(chunk.assembled[shape])
         for place, index, count in consecutive(chunk.assembled[shape]):
             target_BMN = owned[shape][index : index + count]
             rule.normalize_into(batch_BMN[place : place + count], target_BMN)

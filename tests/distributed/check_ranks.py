@@ -80,6 +80,11 @@ def expert_gradients_in_another_order() -> Any:
     return hook_on_experts(lambda gradient, ep: gradient.flip(0))
 
 
+def gradient_not_finite() -> Any:
+    """ZeRO skips the step, so no optimizer sees a gradient."""
+    return hook_on_experts(lambda gradient, ep: gradient * float("nan"))
+
+
 @contextlib.contextmanager
 def norm_counting_experts_twice() -> Iterator[None]:
     """The gradient norm adds each expert's square twice, and clips by that."""
@@ -116,6 +121,7 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "correction_bias_dropped": correction_bias_dropped,
     "expert_gradient_scaled_by_ep": expert_gradient_scaled_by_ep,
     "expert_gradients_in_another_order": expert_gradients_in_another_order,
+    "gradient_not_finite": gradient_not_finite,
     "norm_counting_experts_twice": norm_counting_experts_twice,
     "labels_cut_before_shifted": labels_cut_before_shifted,
 }

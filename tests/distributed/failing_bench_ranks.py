@@ -1,8 +1,8 @@
 """Ranks of `epctl bench train` in which things go wrong, by the name in EPCTL_TEST_FAULT.
 
 `engines`: AutoEP runs out of memory on rank 1 while rank 0 waits for it, and transformers trains
-other weights. `scale`: epctl's router forgets the routed scale, which the gate must see. `order`:
-in bfloat16 alone, experts get each other's gradients.
+other weights. `scale`: epctl's router forgets the routed scale, which the gate must see. The names
+of `WRONG`: gradients that are wrong in bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch.distributed as dist
 from epctl.bench import train_engines, train_gate
 from epctl.bench.train_engines import Order, Trainee
 from epctl.bench.train_ranks import main
-from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime import moe_rules
 from epctl.runtime.leave import leave
 
@@ -42,11 +42,21 @@ def without_scale(rule: Any) -> dict[str, Any]:
     return route_arguments(rule) | {"scale": 1.0}
 
 
-def experts_reversed(order: Order) -> Trainee:
+# In bfloat16 alone: which gradients, and what becomes of them.
+WRONG: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "order": ("experts", lambda gradient: gradient.flip(0)),
+    "router": ("gate", lambda gradient: -gradient),
+    "nan": ("experts", lambda gradient: gradient * float("nan")),
+}
+
+
+def with_wrong_gradients(order: Order) -> Trainee:
     trainee = train_engines.open_epctl(order)
-    for parameter in trainee.engine.module.parameters():
-        if seams.is_expert_parameter(parameter):
-            parameter.register_hook(lambda gradient: gradient.flip(0))
+    part, change = WRONG[os.environ["EPCTL_TEST_FAULT"]]
+    found = [p for n, p in trainee.engine.module.named_parameters() if f".mlp.{part}." in n]
+    assert found
+    for parameter in found:
+        parameter.register_hook(change)
     return trainee
 
 
@@ -55,8 +65,8 @@ route_arguments = moe_rules.RouterRule.route_arguments
 if __name__ == "__main__":
     if os.environ["EPCTL_TEST_FAULT"] == "scale":
         moe_rules.RouterRule.route_arguments = without_scale  # type: ignore[method-assign]
-    elif os.environ["EPCTL_TEST_FAULT"] == "order":
-        train_gate.open_epctl = experts_reversed  # type: ignore[attr-defined]
+    elif os.environ["EPCTL_TEST_FAULT"] in WRONG:
+        train_gate.open_epctl = with_wrong_gradients  # type: ignore[attr-defined]
     elif os.environ["EPCTL_TEST_FAULT"] == "engines":
         train_engines.OPENERS["deepspeed"] = out_of_memory  # type: ignore[index]
         train_engines.OPENERS["transformers"] = other_weights  # type: ignore[index]

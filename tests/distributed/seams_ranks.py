@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import itertools
@@ -65,6 +66,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "alone at once": {"ep": 4, "bfloat16": True, "steps": 1},  # then roundings of weights part
     "nothing else": {"ep": 4, "bfloat16": True, "trainable": "experts"},
 }
+# What is fetched ahead ends with the first of a layer's experts; or is all of a model.
+AHEAD = (4000, 1_000_000)
 DENSE = {"first_k_dense_replace": 99}  # no experts: the engine then has no tables of them
 ANOTHER_CLASS = [(1, "alone"), (1, "nothing else")]  # bf16_optimizer.py, left as it is
 PARTS = ("experts", "attention", r"layers\.1\.")
@@ -410,54 +413,59 @@ def hooks_by_layer() -> dict[str, Any]:
     return result
 
 
-def whole_and_fetched() -> dict[str, Any]:
+def whole_and_fetched(ahead: int) -> dict[str, Any]:
     """ZeRO-3 with every expert on one rank: left in place by epctl, fetched as by DeepSpeed alone.
 
     How often it fetched what is whole once it knows the order of layers, which share of the second
     layer's cut Parameters was on its way when that began, and what differs in results.
+
+    Args:
+        ahead: elements that DeepSpeed fetches ahead.
     """
     found: dict[str, Any] = {}
-    show, handle = engine_module.show_whole, partition_parameters.NoGatherCoalescedHandle
-    results = []
-    # Dense matrices are cut, and what is fetched ahead ends with the first of a layer's experts.
-    small = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 4000}
+    show, results = engine_module.show_whole, []
+    # Dense matrices are cut.
+    small = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": ahead}
     for way in ("shown", "fetched"):
-        fetches: list[int] = []
-        ahead: list[float] = []
-
-        class Counted(handle):  # type: ignore[misc, valid-type]
-            def __init__(self, params: list[Any], fetches: list[int] = fetches) -> None:
-                fetches.append(len(params))
-                super().__init__(params)
-
         engine_module.show_whole = show if way == "shown" else lambda engine: []
         config, mesh, engine, optimizer, scheduler = make(3, 4, zero_settings=small, accumulation=2)
-        layer = engine.module.model.layers[1]
-        cut = [p for p in layer.parameters() if dist.get_world_size(p.ds_process_group) > 1]
-        cut = [p for p in cut if not p.ds_persist]
-
-        def look(*_: Any, cut: list[Any] = cut, ahead: list[float] = ahead) -> None:
-            missing = sum(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in cut)
-            ahead.append(1 - missing / len(cut))
-
-        layer.register_forward_pre_hook(look, prepend=True)
-        norms = []
+        steps, seen = [], Watch(engine.module.model.layers[1])
         for number in range(4):
-            if number == 3:
-                partition_parameters.NoGatherCoalescedHandle = Counted
-            step = train_step(engine, scheduler, rank_batches(number, config), config, mesh)
-            norms.append(step)
-        partition_parameters.NoGatherCoalescedHandle = handle
-        for parameter in engine.module.parameters():
-            with seams.full_parameters([parameter]):
-                results.append(parameter.detach().clone())
-        results += [*masters(engine), *moments(optimizer)]
-        found[way] = {"steps": norms, "fetches": sum(fetches), "ahead": ahead[-1]}
+            with seen if number == 3 else contextlib.nullcontext():
+                batches = rank_batches(number, config)
+                steps.append(train_step(engine, scheduler, batches, config, mesh))
+        found[way] = {"steps": steps, "fetches": seen.fetches, "ahead": seen.ahead}
+        results.append([*snapshot(engine).values(), *masters(engine), *moments(optimizer)])
         engine.destroy()
     engine_module.show_whole = show
-    half = len(results) // 2
-    pairs = zip(results[:half], results[half:], strict=True)
-    return found | {"equal": all(torch.equal(a, b) for a, b in pairs), "compared": half}
+    pairs = list(zip(*results, strict=True))
+    return found | {"equal": all(torch.equal(a, b) for a, b in pairs), "compared": len(pairs)}
+
+
+class Watch(contextlib.AbstractContextManager[None]):
+    """Counts what is fetched although it is whole, and sees what of a layer is on its way before
+    its last forward begins."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.fetches, self.ahead = 0, 0.0
+        cut = [p for p in layer.parameters() if dist.get_world_size(p.ds_process_group) > 1]
+        self.cut = [p for p in cut if not p.ds_persist]
+        layer.register_forward_pre_hook(self._look, prepend=True)
+        self.handle = partition_parameters.NoGatherCoalescedHandle
+
+    def _look(self, *_: Any) -> None:
+        missing = sum(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in self.cut)
+        self.ahead = 1 - missing / len(self.cut)
+
+    def __enter__(self) -> None:
+        def counted(params: list[Any]) -> Any:
+            self.fetches += len(params)
+            return self.handle(params)
+
+        partition_parameters.NoGatherCoalescedHandle = counted
+
+    def __exit__(self, *_: Any) -> None:
+        partition_parameters.NoGatherCoalescedHandle = self.handle
 
 
 def main(folder: Path) -> None:
@@ -483,7 +491,8 @@ def main(folder: Path) -> None:
         for zero in (1, 3):
             result[f"{trainable} {zero}"] = steps_of_a_part(zero, trainable)
     result["hooks"] = hooks_by_layer()
-    result["whole"] = whole_and_fetched()
+    for ahead in AHEAD:
+        result[f"whole {ahead}"] = whole_and_fetched(ahead)
     for zero in (1, 2, 3):
         for offload in (False, True):
             # No weight moves by a rounding of bfloat16: ways differ by what they do to gradients.

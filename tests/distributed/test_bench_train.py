@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from epctl.bench import train
-from epctl.errors import GateError
+from epctl.errors import ConfigError, GateError
 from epctl.output import set_mode
 
 pytestmark = pytest.mark.distributed
@@ -121,12 +121,34 @@ def test_twenty_steps_in_bfloat16_stay_with_the_whole_model(
 ) -> None:
     document = measure_with("none", monkeypatch, gate_steps=20, **IN_BFLOAT16)
     gate = document["rows"][0]["gate"]
+    assert document["gate_steps"] == 20
     assert 0 < gate["bfloat16_loss"] <= 2e-3
     assert 0 < gate["bfloat16_direction"] < 1e-3
+    assert gate["bfloat16_direction"] < gate["bfloat16_parts"] < 0.1
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("order", "direction of experts"),
+        ("router", "direction of router"),  # a hundred thousandth of the whole
+        ("nan", "direction of "),  # ZeRO skips the step: no optimizer sees any
+    ],
+)
 def test_a_gradient_that_is_wrong_in_bfloat16_alone_stops_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, fault: str, said: str
 ) -> None:
-    with pytest.raises(GateError, match=r"bfloat16 gradient direction, step 1: .* allowed"):
-        measure_with("order", monkeypatch, **IN_BFLOAT16)
+    with pytest.raises(GateError, match=rf"bfloat16 gradient {said}.*, step 1: .* allowed"):
+        measure_with(fault, monkeypatch, **IN_BFLOAT16)
+
+
+def test_steps_of_the_gate_that_nothing_takes_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="101 steps of the gate are more than 100"):
+        train.measure(device="cpu", gate_steps=101)
+    set_mode()
+    monkeypatch.setattr(train._Run, "all", lambda self: None)
+    monkeypatch.setattr(train, "_document", lambda run: {})
+    train.measure(device="cpu", gate_steps=20)
+    assert "`--gate-steps` is ignored" in capsys.readouterr().err

@@ -21,6 +21,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "ep2-zero0": {"ep": 2, "zero": 0},
     "ep4-zero3-recompute": {"ep": 4, "zero": 3, "more": {"train.activation_checkpointing": True}},
     "ep2-sp2-zero3": {"ep": 2, "zero": 3, "more": SHARED},
+    "autoep-ep2-zero3": {"ep": 2, "zero": 3, "more": {"moe.implementation": "autoep"}},
     "ep2-zero3-offload": {"ep": 2, "zero": 3, "more": {"optim.offload": True}},
 }
 FAULTY: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ FAULTY: dict[str, dict[str, Any]] = {
     "correction_bias_dropped": {"ep": 2, "zero": 3},
     "expert_gradient_scaled_by_ep": {"ep": 2, "zero": 2},
     "expert_gradients_in_another_order": {"ep": 2, "zero": 3},
+    "gradient_not_finite": {"ep": 2, "zero": 2},
     "norm_counting_experts_twice": {"ep": 2, "zero": 0},
     "labels_cut_before_shifted": {"ep": 2, "zero": 2, "more": SHARED},
 }
@@ -37,6 +39,7 @@ POINTS_AT = {
     "correction_bias_dropped": "router choices, share of tokens",
     "expert_gradient_scaled_by_ep": "gradient of experts, step 1",
     "expert_gradients_in_another_order": "gradient direction of experts, step 1",
+    "gradient_not_finite": "gradient direction of attention, step 1",  # of all: none was seen
     "norm_counting_experts_twice": "gradient norm, step 1",
     "labels_cut_before_shifted": "loss, step 1",
 }
@@ -104,10 +107,10 @@ def test_verdict_is_exit_code_7(tmp_path: Path, reports: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_directions_are_those_of_the_whole_model(reports: dict[str, Any], name: str) -> None:
-    """What is left of the tolerance is the rounding of the stored reference."""
+    """But for the rounding of the stored reference, which has a bound of its own."""
     found = [row for row in reports[name]["rows"] if "direction" in row["quantity"]]
-    assert len(found) >= 5
-    assert all(row["difference"] < 2e-6 for row in found), found
+    assert len(found) >= 6
+    assert all(row["difference"] < 0.5 * 2**-18 for row in found), found
 
 
 def test_a_gradient_of_the_right_length_may_point_elsewhere(reports: dict[str, Any]) -> None:
