@@ -73,6 +73,7 @@ class Manifest:
     generations: list[int] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     counts: StoredCounts = field(default_factory=StoredCounts)
+    held_out: StoredCounts = field(default_factory=StoredCounts)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
@@ -81,8 +82,11 @@ class Manifest:
         if not path.exists():
             return None
         document = json.loads(path.read_text(encoding="utf-8"))
-        progress, counts = document.pop("progress"), document.pop("counts")
-        return cls(**document, progress=Progress(**progress), counts=StoredCounts(**counts))
+        progress = Progress(**document.pop("progress"))
+        # Older runs did not count what they held out.
+        counts = StoredCounts(**document.pop("counts"))
+        held_out = StoredCounts(**document.pop("held_out", {}))
+        return cls(**document, progress=progress, counts=counts, held_out=held_out)
 
     def write(self, folder: Path) -> None:
         staging = folder / f"{MANIFEST}.tmp"
@@ -130,7 +134,8 @@ def load_data(
     together = reader is not None and reader.processor.together
     train, held_out = _rows(config, folder, manifest, pad_id, together=together)
     lengths = train.documents.lengths
-    counts = manifest.counts
+    # Of one document only rows are held out.
+    counts = manifest.counts if manifest.counts.documents else manifest.held_out
     facts = DataFacts(
         format=manifest.format,
         documents=counts.documents,
@@ -281,15 +286,16 @@ def _prepare(
         read_rounds(reader, Progress(), needed, lambda n, item: add("eval", n, item), _over_ranks)
     reader = ShareReader(source, mesh.rank, mesh.num_ranks, before.progress.records)
     progress = read_rounds(reader, before.progress, wanted, add_training, _over_ranks)
-    counts = {name: writer.close() for name, writer in writers.items()}
+    own = [writers[name].close() for name in ("train", "eval")]
     gathered: list[Any] = [None] * mesh.num_ranks
-    dist.all_gather_object(gathered, counts["train"])
+    dist.all_gather_object(gathered, own)
     manifest = Manifest(
         before.settings,
         before.format,
         [*before.generations, mesh.num_ranks],
         progress,
-        sum(gathered, before.counts),
+        sum((train for train, _ in gathered), before.counts),
+        sum((held_out for _, held_out in gathered), before.held_out),
     )
     if mesh.rank == 0:
         manifest.write(folder)
