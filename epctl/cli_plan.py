@@ -50,7 +50,8 @@ def plan(
         int | None, typer.Option(help="Vision patches a sequence; default: half of it.", min=0)
     ] = None,
     rates: Annotated[
-        list[Path] | None, typer.Option(help="Result of `epctl bench moe`; default: the last here.")
+        list[Path] | None,
+        typer.Option(help="Results of `epctl bench moe` and `muon`; default: the last here."),
     ] = None,
     sweep: Annotated[str | None, typer.Option(help="`gpus`: 1 to 16,384 instead.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the front (or the sweep) there.")] = None,

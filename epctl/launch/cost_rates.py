@@ -1,4 +1,4 @@
-"""How fast a machine is: from `epctl bench moe` results kept on this one, else documented defaults.
+"""How fast a machine is: from results of `epctl bench` kept on this one, else documented defaults.
 
 Each rate carries where it is from, so that a plan can say which of its numbers were measured here.
 """
@@ -22,7 +22,8 @@ DEFAULT_SOURCES: Mapping[str, str] = {
     "memory": "one H100: device copy 3.02 TB/s",
     "dense_share": "assumed: dense layers reach 0.6 of the matmul rate",
     "attention": "assumed: 350 TFLOP/s of attention, forward and backward",
-    "newton_schulz": "published, one H100 (Gram Newton-Schulz blog): about 540 TFLOP/s in batches",
+    "newton_schulz": "one H100, benchmarks/muon_h100_202611.md: 701 TFLOP/s of the FLOPs of whole "
+    "products, 64 experts",
     "nvlink": "assumed: 300 GB/s a GPU inside a node",
     "network": "assumed: 45 GB/s a GPU between nodes (a 400 Gb/s card each)",
     "host_link": "assumed: 25 GB/s a GPU to host memory",
@@ -39,7 +40,7 @@ class Rates:
     memory: float = 3.0e12
     dense_share: float = 0.6
     attention: float = 350e12
-    newton_schulz: float = 500e12
+    newton_schulz: float = 701e12
     nvlink: float = 300e9
     network: float = 45e9
     host_link: float = 25e9
@@ -90,30 +91,30 @@ def load_rates(files: Iterable[Path] = (), environment: Mapping[str, str] = os.e
 
     Results of a CPU say nothing about the GPUs that are planned for and are left out.
     """
-    given = list(files) or [store_folder(environment) / "moe.json"]
+    kept = store_folder(environment)
+    given = list(files) or [kept / "moe.json", kept / "muon.json"]
     rates = Rates()
     for path in given:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        rates = _with_moe(rates, document)
+        if isinstance(document, dict) and "driver" in document.get("machine", {}):
+            rates = _with_muon(_with_moe(rates, document), document)
     return rates
 
 
-def _with_moe(rates: Rates, document: Any) -> Rates:
-    """Returns rates with what an `epctl bench moe` document on a GPU measured."""
-    if not isinstance(document, dict) or document.get("benchmark") != "moe":
-        return rates
-    machine, shape = document.get("machine", {}), document.get("shape", {})
-    if "driver" not in machine or not shape:
+def _with_moe(rates: Rates, document: Mapping[str, Any]) -> Rates:
+    """Returns rates with what an `epctl bench moe` document measured."""
+    shape = document.get("shape", {})
+    if document.get("benchmark") != "moe" or not shape:
         return rates
     points = sorted(
         (row["tokens"] * shape["top_k"] / shape["num_experts"], row["both_tflops"] * 1e12)
         for row in document["rows"]
         if row["implementation"] == "epctl" and row["routing"] == "natural"
     )
-    where = f"measured on this machine: {machine['device']}, {machine.get('date', 'no date')}"
+    where = _where(document)
     sources = dict(rates.sources) | {"matmul": f"{where}, epctl bench moe"}
     if points:
         sources["experts"] = f"{where}, epctl bench moe, {len(points)} sizes"
@@ -123,6 +124,27 @@ def _with_moe(rates: Rates, document: Any) -> Rates:
         experts=_rising(points) if points else rates.experts,
         sources=sources,
     )
+
+
+def _with_muon(rates: Rates, document: Mapping[str, Any]) -> Rates:
+    """Returns rates with what an `epctl bench muon` document measured, of its longest batch."""
+    if document.get("benchmark") != "muon":
+        return rates
+    rows = [row for row in document["rows"] if row["implementation"] == "epctl"]
+    if not rows:
+        return rates
+    longest = max(rows, key=lambda row: float(row["ms"]["median"]))
+    source = f"{_where(document)}, epctl bench muon, {longest['batch']}"
+    return replace(
+        rates,
+        newton_schulz=float(longest["tflops"]) * 1e12,
+        sources=dict(rates.sources) | {"newton_schulz": source},
+    )
+
+
+def _where(document: Mapping[str, Any]) -> str:
+    machine = document["machine"]
+    return f"measured on this machine: {machine['device']}, {machine.get('date', 'no date')}"
 
 
 def _rising(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

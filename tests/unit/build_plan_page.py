@@ -81,8 +81,8 @@ most 65,536 patches.
 
 ## Rates where `epctl bench` has not run
 
-`epctl bench moe` on a GPU leaves its result under `~/.cache/epctl/bench`, and plans on that machine
-use it (`--rates FILE` names another). Otherwise:
+`epctl bench moe` and `epctl bench muon` on a GPU leave their results under `~/.cache/epctl/bench`,
+and plans on that machine use them (`--rates FILE` names others). Otherwise:
 
 """
 

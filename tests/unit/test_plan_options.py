@@ -211,9 +211,19 @@ def test_rates_come_from_bench_where_it_ran(tmp_path: Path) -> None:
     assert rates.measured == ["matmul", "experts"]
     assert rates.matmul == pytest.approx(document["matmul_tflops"] * 1e12)
     assert len(rates.experts) == 4
+    muon = json.loads((benchmarks / "muon_h100_202611.json").read_text())
+    remember(muon, environment)
+    both = load_rates(environment=environment)
+    assert both.measured == ["matmul", "experts", "newton_schulz"]
+    assert both.matmul == rates.matmul
+    assert both.newton_schulz == pytest.approx(Rates().newton_schulz, rel=0.01)  # the default's run
+    assert both.sources["newton_schulz"].endswith("epctl bench muon, 64x1408x2048")
     on_cpu = tmp_path / "cpu.json"
     on_cpu.write_text(json.dumps({**document, "machine": {"device": "x86_64"}}))
     assert load_rates([on_cpu]) == Rates()
+    on_cpu.write_text(json.dumps({**muon, "machine": {"device": "x86_64"}}))
+    assert load_rates([on_cpu]) == Rates()
+    on_cpu.write_text(json.dumps({**document, "machine": {"device": "x86_64"}}))
     remember(json.loads(on_cpu.read_text()), {"XDG_CACHE_HOME": str(tmp_path / "other")})
     assert not (tmp_path / "other").exists()
 
