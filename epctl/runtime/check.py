@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,18 +102,18 @@ def train_on_rank_0(
     model: TrainingModel,
     data: TrainingData,
     device: torch.device,
-    stored_dtype: torch.dtype = torch.float32,
+    **asked: Any,
 ) -> Reference | None:
     """Trains the unsharded model on rank 0; None on the others. A collective.
 
     Args:
-        stored_dtype: what its weights are rounded to; see `run_reference`.
+        asked: what else `run_reference` takes.
     """
     solo_group = dist.new_group([0])
     if mesh.rank != 0:
         return None
     steps = [list(global_batches(config, mesh, data, n)) for n in range(config.check.steps)]
-    return run_reference(model, config, steps, device, solo_group, stored_dtype)
+    return run_reference(model, config, steps, device, solo_group, **asked)
 
 
 def compare_asked(

@@ -8,6 +8,7 @@ of cutting and exchanging are not.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +46,7 @@ def run_reference(
     device: torch.device,
     solo_group: dist.ProcessGroup,
     stored_dtype: torch.dtype = torch.float32,
+    before_step: Callable[[nn.Module, int], None] = lambda module, number: None,
 ) -> Reference:
     """Trains on the global batches of `steps` on this rank alone.
 
@@ -54,6 +56,7 @@ def run_reference(
         stored_dtype: what forward and backward see the weights rounded to; masters and all
             arithmetic are float32. An update smaller than that rounding is not seen, as in an
             engine that keeps its weights so.
+        before_step: told the model and the step's number.
     """
     whole = Mesh(0, 1, 1, 0)
     module = build_model(
@@ -74,7 +77,8 @@ def run_reference(
         optimizer, lambda step: rate_factor(step, config.train.steps, config.optim)
     )
     records, gradients = [], dict[str, Tensor]()
-    for batches in steps:
+    for number, batches in enumerate(steps):
+        before_step(module, number)
         loss = _backward(module, optimizer, batches, device, stored_dtype)
         gradients = gradients or stored_gradients(module)
         records.append(_update(module, optimizer, loss, config.optim.gradient_clipping))

@@ -124,13 +124,13 @@ def test_twenty_steps_in_bfloat16_stay_with_the_whole_model(
     assert document["gate_steps"] == 20
     assert 0 < gate["bfloat16_loss"] <= 2e-3
     assert 0 < gate["bfloat16_direction"] < 1e-3
-    assert gate["bfloat16_direction"] < gate["bfloat16_parts"] < 0.1
+    assert gate["bfloat16_direction"] < gate["bfloat16_parts"] < 0.3
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("order", "direction of experts"),
+        ("order", "direction of everything"),
         ("router", "direction of router"),  # a hundred thousandth of the whole
         ("nan", "direction of "),  # ZeRO skips the step: no optimizer sees any
     ],
