@@ -132,7 +132,10 @@ def start_again(
     False where it never was, or where Triton is to be preferred. Spares the host what asking
     `is_faster` and `fits` takes, longer than a product of a few matrices on a slow one.
     """
-    if not _LAUNCHES or not left_BRK.is_cuda or not is_enabled():
+    # Products that are always Triton's are not held up by a key.
+    if not _LAUNCHES or not left_BRK.is_cuda or left_BRK.shape[1] < LEAST_ROWS:
+        return False
+    if not is_enabled():
         return False
     known = _LAUNCHES.get(_key(left_BRK, right_BRK, added_BRR, out_BRR, alpha, beta))
     if known is None or not known.is_faster:

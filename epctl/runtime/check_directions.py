@@ -25,11 +25,8 @@ from epctl.runtime.optimizer import MatrixOptimizer
 # what they were is short of one by less than half of that squared: 1.9e-6.
 STORED_DTYPE = torch.bfloat16
 AT_ONCE = 2**24  # elements that are widened to float64
+SAME = 1e-6  # relative: squares of the same elements, added up in two orders
 WHOLE = "everything"
-
-
-# Squares of the same elements, added up in two orders.
-SAME = 1e-6
 
 
 class Agreement(NamedTuple):

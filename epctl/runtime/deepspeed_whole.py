@@ -15,25 +15,24 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def show_whole(engine: Any) -> list[nn.Parameter]:
+def show_whole(engine: Any) -> None:
     """Has ZeRO-3 leave a Parameter that its rank holds whole where it is, from forward to step.
 
     Shown, it is a view of its partition, as after DeepSpeed's own fetch. Marked persistent, no
     layer releases it (zero/partitioned_param_coordinator.py, `__params_to_release`); it is not on
     the list of those that are gathered after a step. Whoever takes all Parameters away finds it
-    gone as ever (`partition_all_parameters`), and the next forward shows it again.
-
-    Returns those Parameters, none at other stages or where partitions lie in host memory.
+    gone as ever (`partition_all_parameters`), and the next forward shows it again. Nothing is done
+    at other stages or where partitions lie in host memory.
     """
     zero = engine.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        return []
+        return
     whole: list[Any] = [p for p in engine.module.parameters() if _is_whole(p, engine.device)]
     if not whole:
-        return []
+        return
     offload = zero.parameter_offload
     coordinator = offload.get_param_coordinator()
     begin_forward, take_away = coordinator.reset_step, offload.partition_all_parameters
@@ -59,7 +58,6 @@ def show_whole(engine: Any) -> list[nn.Parameter]:
     # Before the first module of a forward fetches ahead, or these would be what it fetches.
     coordinator.reset_step = show
     offload.partition_all_parameters = hide
-    return whole
 
 
 def _is_whole(parameter: Any, device: torch.device) -> bool:

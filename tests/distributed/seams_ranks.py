@@ -427,7 +427,7 @@ def whole_and_fetched(ahead: int) -> dict[str, Any]:
     # Dense matrices are cut.
     small = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": ahead}
     for way in ("shown", "fetched"):
-        engine_module.show_whole = show if way == "shown" else lambda engine: []
+        engine_module.show_whole = show if way == "shown" else lambda engine: None
         config, mesh, engine, optimizer, scheduler = make(3, 4, zero_settings=small, accumulation=2)
         steps, seen = [], Watch(engine.module.model.layers[1])
         for number in range(4):

@@ -157,9 +157,12 @@ def test_only_what_was_started_is_started_again(
     assert again(x, x, x, out, 1.0, 1.0)
     assert not again(x, x, x, out, 1.0, 0.5)
     assert not again(small, small, small, other, 1.0, 1.0)
+    monkeypatch.setattr(symmetric_hopper, "LEAST_FILLED", 2.0)  # none is: named, not chosen
+    symmetric_hopper.symmetric_product(x, x, None, out, 1.0, 1.0)
+    assert not again(x, x, None, out, 1.0, 1.0)
     monkeypatch.setenv(cuda_source.SWITCH, "0")
     assert not again(x, x, x, out, 1.0, 1.0)
-    assert stand_in.started == [0, 1, 0]
+    assert stand_in.started == [0, 1, 0, 2]
 
 
 def test_prepared_launches_have_a_limit(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
