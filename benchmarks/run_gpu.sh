@@ -9,9 +9,9 @@
 #              muon-ep8      all that a rank of EP=8 owns, and the whole step (2 min)
 #              sanitizer     compute-sanitizer over the block's kernels
 #   two GPUs   train-z3, train-z2   Muon and AdamW beside DeepSpeed, whose first Muon step compiles (4 min each)
-#              train-27      the whole Moonlight, epctl alone (3 min)
-#              train-gate    twenty steps in bfloat16 beside the whole model, ZeRO-2 and 3, Muon and AdamW (not run yet)
-#              scaling       one GPU and both, epctl alone (not run yet)
+#              train-27      the whole Moonlight, epctl alone (2 min)
+#              train-gate    twenty steps in bfloat16 beside the whole model, ZeRO-2 and 3, Muon and AdamW (4 min)
+#              scaling       one GPU and both, epctl alone (5 min)
 #              sp            one vision-language sample over both (4 min)
 set -euo pipefail
 name=${1:?which run}

@@ -248,6 +248,7 @@ class _Run:
             self._tell(self.measured.take_visit(event["visit"]))
         elif "gate" in event:
             self.measured.gates[event["gate"]["case"]] = event["gate"]
+            _warn_of_learnt(event["gate"])
         elif "over" in event:
             out.warning("the time is over: not every engine had all of its turns")
             self.measured.is_over = True
@@ -275,6 +276,17 @@ class _Run:
         _, case, implementation, _ = self._turn
         out.warning(f"{case}: {implementation} failed: {reason}")
         self.measured.failures[case, implementation] = (reason, peak)
+
+
+def _warn_of_learnt(gate: dict[str, Any]) -> None:
+    losses = gate["bfloat16_losses"]
+    compared, whole = losses["compared"], losses["whole"]
+    if compared < len(whole):
+        out.warning(
+            f"{gate['case']}: {compared} of {len(whole)} steps in bfloat16 are compared; then the "
+            f"whole model had learnt the batch, its loss was down from {whole[0]:.3f} to "
+            f"{whole[compared]:.3f}"
+        )
 
 
 def _announcement(run: _Run) -> str:
@@ -316,6 +328,11 @@ def _document(run: _Run) -> Result:
         "speed_of": "wall clock" if run.device == "cuda" else "processor time of the slowest rank",
         "settings": {case.key: settings_of(case) for case in run.cases},
         "gates": {key: gate["worst"] for key, gate in run.measured.gates.items()},
+        "bfloat16_losses": {
+            key: gate["bfloat16_losses"]
+            for key, gate in run.measured.gates.items()
+            if gate["bfloat16_losses"]["whole"]
+        },
         "rows": make_rows(run.model, run.device, run.cases, run.peers, run.measured, rate, vendor),
         "absent": run.measured.absent,
     }

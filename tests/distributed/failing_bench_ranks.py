@@ -2,7 +2,7 @@
 
 `engines`: AutoEP runs out of memory on rank 1 while rank 0 waits for it, and transformers trains
 other weights. `scale`: epctl's router forgets the routed scale, which the gate must see. The names
-of `WRONG`: gradients that are wrong in bfloat16 alone.
+of `WRONG`: gradients that are wrong in bfloat16 alone. `rate`: updates that are, by a tenth.
 """
 
 from __future__ import annotations
@@ -60,6 +60,13 @@ def with_wrong_gradients(order: Order) -> Trainee:
     return trainee
 
 
+def at_another_rate(order: Order) -> Trainee:
+    optim = order.config.optim
+    optim = optim.model_copy(update={"lr": 0.9 * optim.lr})
+    config = order.config.model_copy(update={"optim": optim})
+    return train_engines.open_epctl(dataclasses.replace(order, config=config))
+
+
 route_arguments = moe_rules.RouterRule.route_arguments
 
 if __name__ == "__main__":
@@ -67,6 +74,8 @@ if __name__ == "__main__":
         moe_rules.RouterRule.route_arguments = without_scale  # type: ignore[method-assign]
     elif os.environ["EPCTL_TEST_FAULT"] in WRONG:
         train_gate.open_epctl = with_wrong_gradients  # type: ignore[attr-defined]
+    elif os.environ["EPCTL_TEST_FAULT"] == "rate":
+        train_gate.open_epctl = at_another_rate  # type: ignore[attr-defined]
     elif os.environ["EPCTL_TEST_FAULT"] == "engines":
         train_engines.OPENERS["deepspeed"] = out_of_memory  # type: ignore[index]
         train_engines.OPENERS["transformers"] = other_weights  # type: ignore[index]

@@ -70,6 +70,11 @@ def test_balanced_routing_is_even_in_all_of_them(result: Run) -> None:
         assert even == (row["routing"] == "balanced")
 
 
+def test_nothing_is_said_of_bfloat16_where_it_is_not_timed(result: Run) -> None:
+    assert result[0]["gate_steps"] == 0
+    assert result[0]["bfloat16_losses"] == {}
+
+
 def test_where_a_step_goes_adds_up(result: Run) -> None:
     for row in result[0]["rows"]:
         if row["routing"] == "natural":
@@ -125,6 +130,9 @@ def test_twenty_steps_in_bfloat16_stay_with_the_whole_model(
     assert 0 < gate["bfloat16_loss"] <= 2e-3
     assert 0 < gate["bfloat16_direction"] < 1e-3
     assert gate["bfloat16_direction"] < gate["bfloat16_parts"] < 0.3
+    losses = document["bfloat16_losses"]["2 ranks, EP 2, ZeRO-3, muon"]
+    assert losses["compared"] == len(losses["whole"]) == len(losses["epctl"]) == 20
+    assert losses["whole"][-1] < 0.95 * losses["whole"][0]  # wrong updates would show
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,14 @@ def test_a_gradient_that_is_wrong_in_bfloat16_alone_stops_it(
 ) -> None:
     with pytest.raises(GateError, match=rf"bfloat16 gradient {said}.*, step 1: .* allowed"):
         measure_with(fault, monkeypatch, **IN_BFLOAT16)
+
+
+def test_updates_that_are_a_tenth_too_small_in_bfloat16_stop_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # No gradient of the first step shows it, nor any loss of the first few.
+    with pytest.raises(GateError, match=r"bfloat16 loss, step (1\d|20) \(.*\): .* allowed"):
+        measure_with("rate", monkeypatch, gate_steps=20, **IN_BFLOAT16)
 
 
 def test_steps_of_the_gate_that_nothing_takes_are_told(

@@ -26,11 +26,13 @@ from epctl.bench.train_cases import (
     rank_counts,
 )
 from epctl.bench.train_flops import flops_per_token, vendor_flops
+from epctl.bench.train_gate import BFLOAT16_TOLERANCE, Rows, _bfloat16_rows, num_compared
 from epctl.bench.train_model import open_bench_model
 from epctl.bench.train_routing import even_table
 from epctl.bench.train_rows import Measured, make_rows
 from epctl.config import OptimSection
 from epctl.errors import ConfigError, HubError
+from epctl.output import set_mode
 from epctl.runtime.build import meta_model
 from epctl.runtime.native_config import native_config
 from epctl.runtime.weights import DeviceWeights
@@ -334,3 +336,34 @@ def test_the_document_is_shown_drawn_and_compared(tmp_path: Any) -> None:
     changes = compare_results(document, document)
     assert {change.metric for change in changes} >= {"tokens_per_second", "mfu", "peak_gib"}
     assert all(change.within_spread for change in changes)
+
+
+# Steps in bfloat16
+
+
+def loss_rows(expected: list[float], losses: list[float]) -> Rows:
+    return [
+        row for row in _bfloat16_rows(expected, losses, {"everything": 1.0}) if "loss" in row[0]
+    ]
+
+
+def test_steps_are_compared_until_the_batch_is_learnt() -> None:
+    whole = [12.0, 9.0, 6.1, 5.9, 6.5, 0.04]
+    assert num_compared(whole) == 3
+    assert num_compared(whole[:3]) == 3
+    assert num_compared([]) == 0
+    # Neither an engine that learns faster nor one that breaks decides how far it is compared.
+    rows = loss_rows(whole, [12.0, 1.0, float("nan"), 5.9, 6.5, 0.04])
+    assert [row[1] <= BFLOAT16_TOLERANCE for row in rows] == [True, False, False]
+    assert rows[1][0] == "bfloat16 loss, step 2 (1.0000, of the whole model 9.0000)"
+
+
+def test_steps_that_are_not_compared_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    set_mode()
+    losses = {"whole": [12.0, 6.5, 5.5], "epctl": [12.0, 6.5, 5.5], "compared": 2}
+    train._warn_of_learnt({"case": "a case", "bfloat16_losses": losses | {"compared": 3}})
+    assert capsys.readouterr().err == ""
+    train._warn_of_learnt({"case": "a case", "bfloat16_losses": losses})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a case: 2 of 3 steps in bfloat16 are compared" in said
+    assert "down from 12.000 to 5.500" in said
