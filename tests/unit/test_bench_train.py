@@ -358,6 +358,17 @@ def test_steps_are_compared_until_the_batch_is_learnt() -> None:
     assert rows[1][0] == "bfloat16 loss, step 2 (1.0000, of the whole model 9.0000)"
 
 
+def test_the_table_says_how_close_bfloat16_came() -> None:
+    row = {"gate": {"bfloat16_loss": 4.7e-4, "bfloat16_direction": 1.8e-4}}
+    losses = {"whole": [12.0, 6.5, 5.5], "epctl": [12.0, 6.5, 5.5], "compared": 3}
+    said = train_view._gates({"rows": [row, {"gate": {}}], "bfloat16_losses": {"a": losses}})
+    assert "losses of 3 steps in bfloat16 within 4.7e-04" in said
+    assert "cosine of the gradient 1 - 1.8e-04" in said
+    both = {"a": losses, "b": losses | {"compared": 2}}
+    assert "the first 2 of 3" in train_view._gates({"rows": [row], "bfloat16_losses": both})
+    assert train_view._gates({"rows": [{"gate": {"loss": 0.0}}], "bfloat16_losses": {}}) == ""
+
+
 def test_steps_that_are_not_compared_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     set_mode()
     losses = {"whole": [12.0, 6.5, 5.5], "epctl": [12.0, 6.5, 5.5], "compared": 2}
