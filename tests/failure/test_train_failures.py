@@ -159,6 +159,16 @@ def test_disk_too_small_for_the_checkpoint_is_refused_before_training(tmp_path: 
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_more_rows_than_a_rank_may_take_end_the_run_with_the_numbers(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", *SMALL, "--ep=2", "--steps=2", "--set=moe.max_tokens_per_rank=8")
+    _, stderr = run.process.communicate(timeout=SECONDS_TO_STEP)
+    assert run.process.returncode == 6
+    assert "rows are on their way to the experts of rank " in stderr
+    assert "`moe.max_tokens_per_rank` is 8 (32 tokens of its own)" in stderr
+    assert "hint: routing is skewed: raise the bound" in stderr
+    assert run.events("step") == []
+
+
 def test_a_used_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     run = Run(tmp_path, *SMALL)
