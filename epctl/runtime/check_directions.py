@@ -110,7 +110,8 @@ def stored_gradients(module: nn.Module) -> dict[str, Tensor]:
     for tensor in hub_tensors(module):
         if tensor.tensor.grad is not None:
             local = replace(tensor, tensor=tensor.tensor.grad).local()
-            found[tensor.name] = local.detach().to(STORED_DTYPE).cpu().contiguous()
+            # A copy also where neither changes: clipping and momentum work in place.
+            found[tensor.name] = local.detach().to(STORED_DTYPE, copy=True).cpu().contiguous()
     return found
 
 

@@ -1,12 +1,15 @@
 """Ranks of the parity tests: many (EP, ZeRO, optimizer) cases in one process group.
 
-Called as `python -m parity_ranks FOLDER CASES_JSON`; rank K writes `rank-K.json` with losses and
-norms of every case, rank 0 and the ranks of its ep group write the weights after training.
+Called as `python -m parity_ranks FOLDER CASES_JSON [REFERENCES]`; rank K writes `rank-K.json` with
+losses, norms and gradient errors of every case, rank 0 and the ranks of its ep group write the
+weights after training. A case that is `whole` trains transformers' own model on one rank; with
+REFERENCES, the folder of such a run, others compare their first gradients with its.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import gc
 import json
@@ -17,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from parity_reference import GradientErrors, keep_whole_gradients, run_whole
+from safetensors import safe_open
 
 from epctl.config import RunConfig, resolve_config
 from epctl.launch.ds_config import deepspeed_config
@@ -85,6 +90,7 @@ def case_config(case: dict[str, Any], num_ranks: int) -> RunConfig:
         "train.activation_checkpointing": case.get("recompute", "none"),
         "moe.recompute": case.get("experts", "none"),
         "train.logits_mib": case.get("logits_mib"),
+        "moe.capacity_factor": case.get("capacity"),
         **(BALANCE if case.get("balance") else {}),
         **case.get("flags", {}),
     }
@@ -92,8 +98,11 @@ def case_config(case: dict[str, Any], num_ranks: int) -> RunConfig:
 
 
 def global_batch(step: int) -> torch.Tensor:
+    """No two sequences begin alike: who of them is over a capacity would be left to rounding."""
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randint(0, 64, (GLOBAL_BATCH, 24), generator=generator)
+    ids = torch.randint(0, 64, (GLOBAL_BATCH, 24), generator=generator)
+    ids[:, 0] = torch.arange(GLOBAL_BATCH) + 2 * step
+    return ids
 
 
 def rank_batches(step: int, config: RunConfig) -> list[torch.Tensor]:
@@ -102,7 +111,20 @@ def rank_batches(step: int, config: RunConfig) -> list[torch.Tensor]:
     return list(share.chunk(config.train.gradient_accumulation_steps))
 
 
-def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+def whole_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Trains the unsharded model; a capacity is of as many tokens as a micro-batch's there."""
+    config = case_config(case, 1)
+    steps = [list(global_batch(n).chunk(case["micro_batches"])) for n in range(NUM_STEPS)]
+    return run_whole(tiny_config(), weights(), config, steps, folder / case["name"])
+
+
+def weights() -> RandomWeights:
+    return RandomWeights(seed=1, std=0.08)
+
+
+def run_case(case: dict[str, Any], folder: Path, references: Path | None) -> dict[str, Any]:
+    if case.get("whole"):
+        return whole_case(case, folder)
     config = case_config(case, dist.get_world_size())
     mesh = seams.create_mesh(config.parallel.ep)
     ds_config = deepspeed_config(config, bfloat16=False, on_cpu=True)
@@ -111,7 +133,7 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = build_model(
         tiny_config(**case.get("model", {})),
         mesh,
-        RandomWeights(seed=1, std=0.08),
+        weights(),
         dtype=torch.float32,
         device=torch.device("cpu"),
         zero3_config=ds_config if config.parallel.zero == 3 and swap else None,
@@ -119,15 +141,22 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     set_up_recomputation(model, config)
     CALLS.clear()
-    engine, _, scheduler = create_engine(model, config, ds_config)
-    losses, norms = [], []
-    for step in range(NUM_STEPS):
-        loss, norm = train_step(engine, scheduler, rank_batches(step, config), config, mesh)
-        losses.append(loss)
-        norms.append(norm)
+    engine, optimizer, scheduler = create_engine(model, config, ds_config)
+    with contextlib.ExitStack() as stack:
+        squares: dict[str, list[float]] = {}
+        if references is not None and "reference" in case:
+            path = references / case["reference"] / "gradients.safetensors"
+            stored = stack.enter_context(safe_open(path, framework="pt"))
+            errors = GradientErrors(engine, mesh, stored)
+            squares, hook = errors.squares, optimizer.register_step_pre_hook(errors)
+            stack.callback(hook.remove)
+        records = [train_step(engine, scheduler, rank_batches(0, config), config, mesh)]
+    for step in range(1, NUM_STEPS):
+        records.append(train_step(engine, scheduler, rank_batches(step, config), config, mesh))
     save_model(engine.module, mesh, folder / case["name"], lambda staging: None)
     engine.destroy()
-    return {"losses": losses, "norms": norms, "calls": dict(CALLS)}
+    losses, norms = zip(*records, strict=True)
+    return {"losses": losses, "norms": norms, "calls": dict(CALLS), "squares": squares}
 
 
 def check_held_counts() -> None:
@@ -148,12 +177,13 @@ def check_held_counts() -> None:
     moe.combine = counted  # type: ignore[attr-defined]
 
 
-def main(folder: Path, cases: list[dict[str, Any]]) -> None:
+def main(folder: Path, cases: list[dict[str, Any]], references: Path | None = None) -> None:
     check_held_counts()
+    keep_whole_gradients()
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
     results = {}
     for case in cases:
-        results[case["name"]] = run_case(case, folder)
+        results[case["name"]] = run_case(case, folder, references)
         gc.collect()
     path = folder / f"rank-{os.environ['RANK']}.json"
     path.write_text(json.dumps(results))
@@ -162,5 +192,5 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), *map(Path, sys.argv[3:]))
     leave(0)
