@@ -57,6 +57,30 @@ def correction_bias_dropped() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def router_gradient_lost() -> Iterator[None]:
+    """Weights are cut from the scores: the loss is right, the router learns nothing."""
+    route = moe.route
+
+    def cut_off(logits: torch.Tensor, bias: torch.Tensor | None, **rule: Any) -> Any:
+        weights, experts = route(logits, bias, **rule)
+        return weights.detach() + 0 * logits.sum(), experts
+
+    with mock.patch.object(moe, "route", cut_off):
+        yield
+
+
+@contextlib.contextmanager
+def router_in_bfloat16() -> Iterator[None]:
+    """The projection to scores is rounded as the model's other products would be."""
+
+    def rounded(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (x.bfloat16() @ weight.bfloat16().t()).float()
+
+    with mock.patch.object(moe, "router_logits", rounded):
+        yield
+
+
 def hook_on_experts(change: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
     """Has experts get a changed gradient; `change` is also told the expert parallel size."""
     create = check.create_engine
@@ -105,6 +129,21 @@ def norm_counting_experts_twice() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def clipping_by_own_experts() -> Iterator[None]:
+    """Each rank clips by the norm of its own experts: replicas of what is dense drift apart."""
+    original = seams.clip_gradients_zero0
+
+    def alone(engine: Any, mesh: Mesh, max_norm: float) -> float:
+        norm = original(engine, mesh, 0.0)  # what is told is right
+        with mock.patch.object(dist, "all_reduce", return_value=None):
+            original(engine, mesh, max_norm)
+        return norm
+
+    with mock.patch.object(engine.seams, "clip_gradients_zero0", alone):
+        yield
+
+
+@contextlib.contextmanager
 def labels_cut_before_shifted() -> Iterator[None]:
     """The target of a rank's last token, which lies with the next rank, is lost."""
 
@@ -119,10 +158,13 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "healthy": contextlib.nullcontext,
     "route_scale_dropped": route_scale_dropped,
     "correction_bias_dropped": correction_bias_dropped,
+    "router_gradient_lost": router_gradient_lost,
+    "router_in_bfloat16": router_in_bfloat16,
     "expert_gradient_scaled_by_ep": expert_gradient_scaled_by_ep,
     "expert_gradients_in_another_order": expert_gradients_in_another_order,
     "gradient_not_finite": gradient_not_finite,
     "norm_counting_experts_twice": norm_counting_experts_twice,
+    "clipping_by_own_experts": clipping_by_own_experts,
     "labels_cut_before_shifted": labels_cut_before_shifted,
 }
 

@@ -27,20 +27,26 @@ HEALTHY: dict[str, dict[str, Any]] = {
 FAULTY: dict[str, dict[str, Any]] = {
     "route_scale_dropped": {"ep": 4, "zero": 3},
     "correction_bias_dropped": {"ep": 2, "zero": 3},
+    "router_gradient_lost": {"ep": 2, "zero": 3},
+    "router_in_bfloat16": {"ep": 4, "zero": 3},
     "expert_gradient_scaled_by_ep": {"ep": 2, "zero": 2},
     "expert_gradients_in_another_order": {"ep": 2, "zero": 3},
     "gradient_not_finite": {"ep": 2, "zero": 2},
     "norm_counting_experts_twice": {"ep": 2, "zero": 0},
+    "clipping_by_own_experts": {"ep": 2, "zero": 0},
     "labels_cut_before_shifted": {"ep": 2, "zero": 2, "more": SHARED},
 }
 # What must be among the rows that differ, so that the table points at the cause.
 POINTS_AT = {
     "route_scale_dropped": "loss, step 1",
     "correction_bias_dropped": "router choices, share of tokens",
+    "router_gradient_lost": "gradient of router, step 1",
+    "router_in_bfloat16": "gradient of router, step 1",
     "expert_gradient_scaled_by_ep": "gradient of experts, step 1",
     "expert_gradients_in_another_order": "gradient direction of experts, step 1",
     "gradient_not_finite": "gradient direction of attention, step 1",  # of all: none was seen
     "norm_counting_experts_twice": "gradient norm, step 1",
+    "clipping_by_own_experts": "gradient of attention, step 1",
     "labels_cut_before_shifted": "loss, step 1",
 }
 FLAGS = {"optim.lr": 1e-3, "optim.warmup_steps": 0, "optim.schedule": "constant"}
@@ -77,6 +83,11 @@ def test_red_on_a_planted_fault(reports: dict[str, Any], name: str) -> None:
     differing = [row["quantity"] for row in report["rows"] if not row["ok"]]
     assert not report["ok"]
     assert POINTS_AT[name] in differing
+
+
+def test_a_norm_that_is_told_right_may_not_be_what_was_clipped_by(reports: dict[str, Any]) -> None:
+    rows = {row["quantity"]: row for row in reports["clipping_by_own_experts"]["rows"]}
+    assert rows["gradient norm, step 1"]["ok"]
 
 
 def test_a_wrong_norm_is_not_blamed_on_the_first_loss(reports: dict[str, Any]) -> None:
