@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 # Dot bits of a braille cell by (row, column), Unicode 2800 block.
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -76,26 +77,81 @@ def write_loss_png(
     pyplot.close(figure)
 
 
-def write_load_png(path: Path, steps: Sequence[int], loads: Sequence[Sequence[float]]) -> None:
-    """Writes max/mean load of each layer's experts over the reports as a heat map.
+class HeatMap(NamedTuple):
+    """A row a MoE layer; `least` is where the colors begin."""
+
+    title: str
+    values: list[list[float]]
+    least: float
+    xlabel: str
+
+
+def write_load_png(
+    path: Path, steps: Sequence[Mapping[str, Any]], choices: Sequence[Sequence[int]] = ()
+) -> None:
+    """Writes heat maps of how evenly experts are used.
+
+    By report and MoE layer the load of the fullest expert over the mean and, where a capacity
+    dropped choices, the share of those; by layer and expert what each was given in the end.
 
     Args:
-        loads: one row a report: the ratio of each MoE layer, 1 where all experts are used alike.
+        steps: the reports, with `step`, `expert_loads` and perhaps `drop_rates`.
+        choices: of each layer those that its experts were given in the last report.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_layer = [list(layer) for layer in zip(*loads, strict=True)]
-    figure, axes = pyplot.subplots(figsize=(8, 0.25 * len(by_layer) + 2), dpi=120)
-    image = axes.imshow(by_layer, aspect="auto", interpolation="nearest", cmap="magma", vmin=1)
-    places = sorted({round(n * (len(steps) - 1) / 5) for n in range(6)})
-    axes.set_xticks(places, [str(steps[place]) for place in places])
-    every = -(-len(by_layer) // 16)
-    axes.set_yticks(range(0, len(by_layer), every))
-    axes.set(xlabel="step", ylabel="MoE layer", title="load of the fullest expert over the mean")
-    figure.colorbar(image, ax=axes)
-    figure.tight_layout()
+    maps = heat_maps(steps, choices)
+    size = (1 + 6.5 * len(maps), 0.25 * len(maps[0].values) + 2)
+    figure, panels = pyplot.subplots(
+        1, len(maps), figsize=size, dpi=120, squeeze=False, layout="constrained"
+    )
+    numbers = [int(step["step"]) for step in steps]
+    for axes, drawn in zip(panels[0], maps, strict=True):
+        _draw_map(axes, drawn)
+        if drawn.xlabel == "step":
+            places = sorted({round(n * (len(numbers) - 1) / 5) for n in range(6)})
+            axes.set_xticks(places, [str(numbers[place]) for place in places])
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def heat_maps(
+    steps: Sequence[Mapping[str, Any]], choices: Sequence[Sequence[int]] = ()
+) -> list[HeatMap]:
+    """Returns what `write_load_png` draws, of the same arguments."""
+    loads = _by_layer(steps, "expert_loads")
+    maps = [HeatMap("load of the fullest expert over the mean", loads, 1.0, "step")]
+    if all("drop_rates" in step for step in steps):
+        dropped = _by_layer(steps, "drop_rates")
+        maps.append(HeatMap("share of choices dropped", dropped, 0.0, "step"))
+    if choices:
+        title = f"load of every expert over the mean, step {steps[-1]['step']}"
+        maps.append(HeatMap(title, _over_mean(choices), 0.0, "expert"))
+    return maps
+
+
+def _by_layer(steps: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
+    return [list(layer) for layer in zip(*(step[key] for step in steps), strict=True)]
+
+
+def _over_mean(choices: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Returns a row a layer; layers with fewer experts end in NaN, which stays white."""
+    widest = max(map(len, choices))
+    rows = []
+    for layer in choices:
+        mean = max(sum(layer) / len(layer), 1e-9)
+        rows.append([count / mean for count in layer] + [math.nan] * (widest - len(layer)))
+    return rows
+
+
+def _draw_map(axes: Any, drawn: HeatMap) -> None:
+    image = axes.imshow(
+        drawn.values, aspect="auto", interpolation="nearest", cmap="magma", vmin=drawn.least
+    )
+    every = -(-len(drawn.values) // 16)
+    axes.set_yticks(range(0, len(drawn.values), every))
+    axes.set(xlabel=drawn.xlabel, ylabel="MoE layer", title=drawn.title)
+    axes.figure.colorbar(image, ax=axes)

@@ -31,6 +31,7 @@ class RunView:
         self.steps: list[Event] = []
         self.evals: list[Event] = []
         self.samples: dict[str, Event] = {}
+        self.choices: list[list[int]] = []
         self.plan: Event = {}
         self.memory: Event | None = None
         self._progress: Progress | None = None
@@ -163,6 +164,9 @@ class RunView:
         self._task = self._progress.add_task("", total=total, completed=first, facts="")
         self._progress.start()
 
+    def _on_experts(self, event: Event) -> None:
+        self.choices = event["choices"]
+
     def _on_saved(self, event: Event) -> None:
         self.output.note(
             f"saved a Hugging Face folder: {format_bytes(event['bytes'])} in "
@@ -179,10 +183,7 @@ class RunView:
             write_loss_png(self.run_folder / "loss.png", steps, losses, held_out, title)
             routed = [step for step in self.steps if step.get("expert_loads")]
             if routed:
-                loads = [step["expert_loads"] for step in routed]
-                write_load_png(
-                    self.run_folder / "expert_load.png", [step["step"] for step in routed], loads
-                )
+                write_load_png(self.run_folder / "expert_load.png", routed, self.choices)
         except (ImportError, OSError) as error:  # the run itself is done and saved
             self.output.warning(f"no curve was drawn: {error}")
         if self.output.mode is Mode.HUMAN:

@@ -1,63 +1,86 @@
 """How evenly a run's experts are used: counts on the device, read once a report.
 
-Shape suffixes: L layers, E experts.
+Shape suffixes: L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from epctl.runtime.balance import routers_of
 from epctl.runtime.moe import LocalExperts, Router
 
 
-def routing_facts(engine: Any) -> dict[str, Any]:
-    """Returns how evenly experts were used since the last report. A collective.
+@dataclass(frozen=True)
+class Routing:
+    """What all ranks routed since the last report.
 
-    `expert_load` is the largest max/mean over layers, `expert_loads` that of each layer; with
-    capacity the share of dropped choices, with balance losses their value summed over layers.
+    Attributes:
+        facts: `expert_load` is the largest max/mean over layers, `expert_loads` that of each
+            layer; with capacity `drop_rate` is the share of dropped choices and `drop_rates` that
+            of each layer; with balance losses `balance_loss` is their value summed over layers.
+        choices: of every layer those that each of its experts was given, dropped ones too.
     """
-    routers = routers_of(engine.module)
+
+    facts: dict[str, Any]
+    choices: list[list[int]] = field(default_factory=list)
+
+
+def take_routing(engine: Any) -> Routing:
+    """Returns how evenly experts were used since the last report. A collective."""
+    model, device = engine.module, engine.device
+    routers = routers_of(model)
     if not routers:
-        return {"expert_load": float("nan")}
+        return Routing({"expert_load": float("nan")})
     counts = [cast(Tensor, router.tokens_per_expert).double() for router in routers]
-    sizes = [len(count_E) for count_E in counts]
-    extra = _balance_sums(engine.module, engine.device)
-    sums = torch.cat([*counts, extra])
+    dropped, losses = _dropped(model), _losses(model)
+    sums = torch.cat([*counts, _stacked(dropped, device), _stacked(losses, device)])
     dist.all_reduce(sums)
     for router in routers:
         router.tokens_per_expert.zero_()
-    if engine.module.epctl_balance is not None:
-        engine.module.epctl_balance.forget_counts()
-    values = sums.tolist()
-    layers = [values[sum(sizes[:n]) : sum(sizes[: n + 1])] for n in range(len(sizes))]
+    if model.epctl_balance is not None:
+        model.epctl_balance.forget_counts()
+    sizes = [*map(len, counts), len(dropped), len(losses)]
+    *layers, all_dropped, all_losses = (part.tolist() for part in torch.split(sums, sizes))
+    return Routing(
+        _facts(layers, all_dropped, all_losses), [list(map(int, layer)) for layer in layers]
+    )
+
+
+def _facts(layers: list[list[float]], dropped: list[float], losses: list[float]) -> dict[str, Any]:
     loads = [max(layer) * len(layer) / max(sum(layer), 1e-9) for layer in layers]
-    dropped, loss, has_dropped, has_loss = values[sum(sizes) :]
     facts: dict[str, Any] = {"expert_load": round(max(loads), 3)}
     facts["expert_loads"] = [round(load, 3) for load in loads]
-    if has_dropped:
-        facts["drop_rate"] = round(dropped / max(1.0, sum(map(sum, layers))), 6)
-    if has_loss:
-        facts["balance_loss"] = round(loss / dist.get_world_size(), 6)
+    if dropped:
+        chosen = [max(1.0, sum(layer)) for layer in layers]
+        facts["drop_rate"] = round(sum(dropped) / sum(chosen), 6)
+        shares = zip(dropped, chosen, strict=True)
+        facts["drop_rates"] = [round(number / count, 6) for number, count in shares]
+    if losses:
+        facts["balance_loss"] = round(sum(losses) / dist.get_world_size(), 6)
     return facts
 
 
-def _balance_sums(model: torch.nn.Module, device: torch.device) -> Tensor:
-    """Returns (choices dropped, value of the losses, whether there are any) since last time."""
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for module in model.modules():
-        if isinstance(module, LocalExperts) and module.limits is not None:
-            dropped = module.limits.take_dropped()
-            if dropped is not None:
-                sums[0] += dropped
-                sums[2] = 1
-        elif isinstance(module, Router) and module.losses is not None:
-            value = module.losses.take_mean()
-            if value is not None:
-                sums[1] += value
-                sums[3] = 1
-    return sums
+def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
+    if not values:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    return torch.stack([value.double() for value in values])
+
+
+def _dropped(model: nn.Module) -> list[Tensor]:
+    """Returns the choices dropped since last time by layer; none where there is no capacity."""
+    limits = [m.limits for m in model.modules() if isinstance(m, LocalExperts)]
+    taken = [limit.take_dropped() for limit in limits if limit is not None]
+    return [number for number in taken if number is not None]
+
+
+def _losses(model: nn.Module) -> list[Tensor]:
+    """Returns the value of the balance losses since last time by layer; none without any."""
+    losses = [m.losses for m in model.modules() if isinstance(m, Router)]
+    taken = [loss.take_mean() for loss in losses if loss is not None]
+    return [value for value in taken if value is not None]

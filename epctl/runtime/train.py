@@ -94,6 +94,8 @@ def train(run_folder: Path) -> None:
         if config.run.save:
             _save(engine.module, mesh, run_folder / "model", model, events)
         compare_memory(run_folder, device, events)
+        if loop.routing.choices:
+            events.write("experts", step=loop.step, choices=loop.routing.choices)
         events.write("done", seconds=round(time.time() - started, 2))
     finish_rank(events)
 

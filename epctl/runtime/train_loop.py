@@ -24,7 +24,7 @@ from epctl.runtime.mesh import Mesh
 from epctl.runtime.profile import StepProfiler, profiled
 from epctl.runtime.read_ahead import ReadAhead
 from epctl.runtime.report import attention_facts, peak_memory
-from epctl.runtime.routing_report import routing_facts
+from epctl.runtime.routing_report import Routing, take_routing
 from epctl.runtime.run_settings import rows_per_step, tokens_per_step
 from epctl.runtime.stop_request import StopRequest
 from epctl.runtime.visual_rows import VisualData
@@ -66,6 +66,7 @@ class TrainLoop:
         self._interval = parse_interval(self.config.checkpoint.every)
         self._last_save = time.monotonic()
         self._ahead: ReadAhead[list[Batch]] | None = None
+        self.routing = Routing({})  # of the last report
 
     def begin_at(self, progress: Progress) -> None:
         """Goes on where a checkpoint stands."""
@@ -210,6 +211,7 @@ class TrainLoop:
 
     def _report(self, done: int, loss: float, norm: float, clock: _Clock) -> None:
         seconds = clock.seconds_per_step()
+        self.routing = take_routing(self.engine)
         self.events.write(
             "step",
             step=done,
@@ -220,7 +222,7 @@ class TrainLoop:
             tokens_per_second=round(clock.tokens_per_step / seconds, 1),
             tokens=clock.tokens_per_step * done,
             memory_bytes=peak_memory(self.engine.device),
-            **routing_facts(self.engine),
+            **self.routing.facts,
             **attention_facts(self.scheduler.optimizer),
         )
 

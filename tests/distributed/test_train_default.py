@@ -88,6 +88,10 @@ def test_report_fields(human: tuple[Path, Any]) -> None:
         assert event["memory_bytes"] > 100e6
         assert 1.0 <= event["expert_load"] <= 64.0
         assert event["grad_norm"] > 0
+    (experts,) = [e for e in events(folder) if e["event"] == "experts"]
+    # Steps 11 and 12 of four ranks with two rows of 64 tokens; six of 64 experts a token.
+    assert [sum(layer) for layer in experts["choices"]] == [2 * 4 * 2 * 64 * 6] * 3
+    assert {len(layer) for layer in experts["choices"]} == {64}
 
 
 def test_checkpoint_loads_in_transformers_and_gives_the_trainers_held_out_loss(

@@ -1,0 +1,99 @@
+"""What a report says of experts: loads and dropped choices by layer, and the heat maps of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity_ranks import tiny_config
+
+from epctl.config import resolve_config
+from epctl.launch.chart import heat_maps, write_load_png
+from epctl.runtime.balance import routers_of, set_up_balance
+from epctl.runtime.build import build_model
+from epctl.runtime.mesh import Mesh
+from epctl.runtime.routing_report import take_routing
+from epctl.runtime.weights import RandomWeights
+
+NUM_TOKENS, TOP_K = 48, 3
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def engine_of(**moe: Any) -> Any:
+    cpu = torch.device("cpu")
+    weights = RandomWeights(seed=1, std=0.08)
+    model: Any = build_model(
+        tiny_config(), Mesh(0, 1, 1, 0), weights, dtype=torch.float32, device=cpu
+    )
+    config = resolve_config(flags={f"moe.{key}": value for key, value in moe.items()}).config
+    model.epctl_balance = set_up_balance(model, config)
+    return SimpleNamespace(module=model, device=cpu)
+
+
+def forward(engine: Any) -> None:
+    ids = torch.randint(0, 64, (2, NUM_TOKENS // 2), generator=torch.Generator().manual_seed(0))
+    engine.module(input_ids=ids)
+
+
+def test_choices_are_of_every_layer_and_expert_since_the_last_report() -> None:
+    engine = engine_of()
+    forward(engine)
+    counted = [router.tokens_per_expert.tolist() for router in routers_of(engine.module)]
+    routing = take_routing(engine)
+    assert routing.choices == counted
+    assert [sum(layer) for layer in routing.choices] == [NUM_TOKENS * TOP_K] * 2
+    loads = [max(layer) / (sum(layer) / 8) for layer in counted]
+    assert routing.facts["expert_loads"] == [round(load, 3) for load in loads]
+    assert routing.facts["expert_load"] == round(max(loads), 3)
+    assert routing.facts.keys() == {"expert_load", "expert_loads"}
+    assert take_routing(engine).choices == [[0] * 8] * 2
+
+
+def test_dropped_choices_are_told_by_layer() -> None:
+    engine = engine_of(capacity_factor=0.5, z_loss=0.1)
+    forward(engine)
+    routing = take_routing(engine)
+    capacity = math.ceil(0.5 * NUM_TOKENS * TOP_K / 8)
+    lost = [sum(max(0, count - capacity) for count in layer) for layer in routing.choices]
+    assert min(lost) > 0
+    shares = [round(number / (NUM_TOKENS * TOP_K), 6) for number in lost]
+    assert routing.facts["drop_rates"] == shares
+    assert routing.facts["drop_rate"] == pytest.approx(sum(shares) / 2, abs=1e-6)
+    assert routing.facts["balance_loss"] > 0
+
+
+def test_a_model_without_routers_has_no_load() -> None:
+    engine = SimpleNamespace(module=torch.nn.Linear(2, 2), device=torch.device("cpu"))
+    routing = take_routing(engine)
+    assert math.isnan(routing.facts["expert_load"])
+    assert routing.choices == []
+
+
+def test_heat_maps_have_a_row_a_layer(tmp_path: Path) -> None:
+    steps = [
+        {"step": 1, "expert_loads": [1.5, 2.0, 1.0], "drop_rates": [0.1, 0.2, 0.0]},
+        {"step": 8, "expert_loads": [1.25, 4.0, 1.0], "drop_rates": [0.0, 0.5, 0.0]},
+    ]
+    choices = [[6, 2], [8, 0, 4, 0], [0, 0]]  # the last met no token
+    load, dropped, every = heat_maps(steps, choices)
+    assert load.values == [[1.5, 1.25], [2.0, 4.0], [1.0, 1.0]]
+    assert dropped.values == [[0.1, 0.0], [0.2, 0.5], [0.0, 0.0]]
+    assert every.values[1] == [8 / 3, 0.0, 4 / 3, 0.0]
+    assert every.values[0][:2] == [1.5, 0.5]
+    assert all(map(math.isnan, every.values[0][2:]))
+    without = [{"step": 1, "expert_loads": [1.5]}]
+    assert [drawn.title for drawn in heat_maps(without)] == [load.title]
+    write_load_png(tmp_path / "load.png", steps, choices)
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
