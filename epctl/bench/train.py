@@ -8,6 +8,7 @@ through all cases and implementations. What runs in the ranks is in train_ranks.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ GPU_MODEL, GPU_LAYERS = "moonshotai/Moonlight-16B-A3B", 9
 CPU_RANKS = 2
 # The longest a rank works without a word: an engine's build with a compilation in its first step.
 MOST_GATE_STEPS = 100
+LEAST_MOVED = 1e-2  # five times what losses in bfloat16 may differ by
 SILENCE_SECONDS = 420.0
 
 
@@ -248,7 +250,7 @@ class _Run:
             self._tell(self.measured.take_visit(event["visit"]))
         elif "gate" in event:
             self.measured.gates[event["gate"]["case"]] = event["gate"]
-            _warn_of_learnt(event["gate"])
+            _warn_of_few(event["gate"])
         elif "over" in event:
             out.warning("the time is over: not every engine had all of its turns")
             self.measured.is_over = True
@@ -278,14 +280,21 @@ class _Run:
         self.measured.failures[case, implementation] = (reason, peak)
 
 
-def _warn_of_learnt(gate: dict[str, Any]) -> None:
+def _warn_of_few(gate: dict[str, Any]) -> None:
+    """Warns where steps in bfloat16 show little: a batch known by heart, a loss that stays."""
     losses = gate["bfloat16_losses"]
-    compared, whole = losses["compared"], losses["whole"]
-    if compared < len(whole):
+    whole: list[float] = losses["whole"]
+    if losses["unlearnt"] < len(whole):
         out.warning(
-            f"{gate['case']}: {compared} of {len(whole)} steps in bfloat16 are compared; then the "
-            f"whole model had learnt the batch, its loss was down from {whole[0]:.3f} to "
-            f"{whole[compared]:.3f}"
+            f"{gate['case']}: from step {losses['unlearnt'] + 1} in bfloat16 on differences are "
+            f"over the first loss: the whole model had learnt the batch, {whole[0]:.3f} had become "
+            f"{whole[losses['unlearnt']]:.3f}"
+        )
+    moved = 1 - min(whole) / whole[0] if whole else math.inf
+    if moved < LEAST_MOVED:
+        out.warning(
+            f"{gate['case']}: the loss moved by {moved:.1%} in {len(whole)} steps in bfloat16, too "
+            "little to show a wrong update: `--gate-steps 20` takes more"
         )
 
 

@@ -35,7 +35,7 @@ from epctl.runtime.data_batch import Batch
 from epctl.runtime.events import EventLog
 from epctl.runtime.mesh import Mesh
 from epctl.runtime.moe_blocks import moe_layout
-from epctl.runtime.native_config import native_config
+from epctl.runtime.native_config import native_config, text_config
 from epctl.runtime.training_model import TrainingModel
 from epctl.runtime.weights import DeviceWeights
 
@@ -48,14 +48,15 @@ BFLOAT16_TOLERANCE = 2e-3
 BFLOAT16_DIRECTION = 1e-3
 BFLOAT16_PART = 0.3
 BFLOAT16_GRADIENTS = "reference-gradients-bfloat16.safetensors"
-# By device, as widths differ: twenty steps learn, but not all of it. Of a batch known by heart the
-# loss is near zero, and what is left of it as uncertain as weights of eight bits are: transformers'
-# own model in bfloat16 was 1e-2 from float32 there, on an H200 (benchmarks/train_h200x2_202611.md).
-BFLOAT16_RATES: Mapping[str, Mapping[str, float]] = {
-    "cpu": {"muon": 1e-4, "adamw": 3e-5},
-    "cuda": {"muon": 2e-5, "adamw": 5e-6},
-}
-LEARNT = 0.5  # of the first loss: no step after that is compared
+BFLOAT16_RATES: Mapping[str, float] = {"muon": 1e-4, "adamw": 3e-5}
+# Of many steps at real widths: at the rates above, twenty learn the batch by heart, and what is
+# left of its loss is as uncertain as weights of eight significant bits are (transformers' own model
+# in bfloat16 was 1.3e-2 from float32, on an H200: benchmarks/train_h200x2_202611.md). Of few steps
+# these would show nothing: AdamW's first moves such a loss by half of the tolerance.
+SLOW_RATES: Mapping[str, float] = {"muon": 2e-5, "adamw": 5e-6}
+MANY_STEPS, WIDE = 5, 1024
+# Once less than this of the first loss is left, differences are shares of the first loss.
+LEARNT = 0.5
 
 
 class RandomTokens:
@@ -124,7 +125,7 @@ def run_gate(
     whole: list[float] = []
     losses: list[float] = []
     if bfloat16_steps:
-        longer = _bfloat16_config(config, bfloat16_steps)
+        longer = _bfloat16_config(config, bfloat16_steps, model)
         whole = _stored_losses(longer, mesh, model, data, device, folder)
         losses, directions = _bfloat16_steps(values, longer, model, device, data, folder)
         rows += _bfloat16_rows(whole, losses, directions)
@@ -140,12 +141,18 @@ def training_model(values: Mapping[str, Any], seed: int) -> TrainingModel:
     return TrainingModel("bench", config, DeviceWeights(seed), None, moe)
 
 
-def _bfloat16_config(config: RunConfig, num_steps: int) -> RunConfig:
-    rate = BFLOAT16_RATES[config.parallel.device][config.optim.name]
+def _bfloat16_config(config: RunConfig, num_steps: int, model: TrainingModel) -> RunConfig:
+    rate = bfloat16_rate(config.optim.name, num_steps, int(text_config(model.config).hidden_size))
     optim = config.optim.model_copy(update={"lr": rate})
     train = config.train.model_copy(update={"precision": "bfloat16"})
     check = config.check.model_copy(update={"steps": num_steps})
     return config.model_copy(update={"optim": optim, "train": train, "check": check})
+
+
+def bfloat16_rate(optim: str, num_steps: int, hidden_size: int) -> float:
+    """Returns the learning rate of the steps that are compared in bfloat16."""
+    slow = num_steps > MANY_STEPS and hidden_size >= WIDE
+    return (SLOW_RATES if slow else BFLOAT16_RATES)[optim]
 
 
 def _stored_losses(
@@ -216,18 +223,21 @@ def _bfloat16_rows(
 ) -> Rows:
     """Returns the rows of rank 0; the others know nothing to expect."""
     rows: Rows = []
+    if not expected:
+        return rows
     for part, cosine in sorted(directions.items()):
         tolerance = BFLOAT16_DIRECTION if part == WHOLE else BFLOAT16_PART
         rows.append((f"bfloat16 gradient direction of {part}, step 1", 1 - cosine, tolerance))
-    for number in range(1, num_compared(expected) + 1):
-        left, right = expected[number - 1], losses[number - 1]
-        error = abs(right - left) / left
-        name = f"bfloat16 loss, step {number} ({right:.4f}, of the whole model {left:.4f})"
+    whole = num_unlearnt(expected)
+    for number, (left, right) in enumerate(zip(expected, losses, strict=True), start=1):
+        share = "" if number <= whole else " over the first"
+        error = abs(right - left) / (expected[0] if share else left)
+        name = f"bfloat16 loss, step {number}{share} ({right:.4f}, of the whole model {left:.4f})"
         rows.append((name, error, BFLOAT16_TOLERANCE))
     return rows
 
 
-def num_compared(losses: list[float]) -> int:
+def num_unlearnt(losses: list[float]) -> int:
     """Returns how many steps come before the one whose loss shows the batch as learnt."""
     learnt = (number for number, loss in enumerate(losses) if loss < LEARNT * losses[0])
     return next(learnt, len(losses))
@@ -257,5 +267,5 @@ def _summary(
         "worst": f"{worst[0]}: {worst[1]:.1e}, {worst[2]:.0e} allowed",
         "errors": errors,
         "losses": [step.loss for step in reference.steps],
-        "bfloat16_losses": {"whole": whole, "epctl": losses, "compared": num_compared(whole)},
+        "bfloat16_losses": {"whole": whole, "epctl": losses, "unlearnt": num_unlearnt(whole)},
     }

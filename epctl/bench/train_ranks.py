@@ -106,6 +106,7 @@ class Ranks:
         if self.rank == 0:  # it holds a copy of the weights
             shutil.rmtree(folder)
         if not report["ok"]:
+            self.write(note=f"{key}: {_told(report['bfloat16_losses'])}")
             self.write(red=f"{key}: {report['worst']}")
             dist.barrier()  # nobody ends before it is written
             raise SystemExit(RED)
@@ -277,6 +278,12 @@ class Visit:
         if found is None:
             return None
         return {part: ms / PROFILED_STEPS for part, ms, _ in found.rows()}
+
+
+def _told(losses: dict[str, Any]) -> str:
+    """Returns the losses of a gate that is red: nothing else keeps them."""
+    sides = (f"{name} {' '.join(f'{x:.4f}' for x in losses[name])}" for name in ("whole", "epctl"))
+    return "losses of steps in bfloat16: " + ("; ".join(sides) if losses["whole"] else "none taken")
 
 
 def append_event(folder: Path, event: dict[str, Any]) -> None:

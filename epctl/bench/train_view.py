@@ -161,14 +161,12 @@ def _gates(result: Result) -> str:
     gates = [row["gate"] for row in result["rows"] if "bfloat16_loss" in row["gate"]]
     if not runs or not gates:
         return ""
-    least, asked = min(run["compared"] for run in runs), len(runs[0]["whole"])
-    count = f"{least}" if least == asked else f"the first {least} of {asked}"
     loss, direction = (
         max(gate[name] for gate in gates) for name in ("bfloat16_loss", "bfloat16_direction")
     )
     return (
-        f" Gates: beside the whole model, losses of {count} steps in bfloat16 within {loss:.1e}, "
-        f"cosine of the gradient 1 - {direction:.1e}.\n"
+        f" Gates, beside the whole model: {len(runs[0]['whole'])} steps in bfloat16, largest "
+        f"difference of a loss {loss:.1e}, of the gradient's cosine from one {direction:.1e}.\n"
     )
 
 

@@ -78,12 +78,16 @@ def write_loss_png(
 
 
 class HeatMap(NamedTuple):
-    """A row a MoE layer; `least` is where the colors begin."""
+    """A row a MoE layer; colors go from `least` to the largest value, or at least to `most`.
+
+    `steps` are those of the columns; without them a column is an expert.
+    """
 
     title: str
     values: list[list[float]]
     least: float
-    xlabel: str
+    most: float
+    steps: list[int]
 
 
 def write_load_png(
@@ -96,7 +100,7 @@ def write_load_png(
 
     Args:
         steps: the reports, with `step`, `expert_loads` and perhaps `drop_rates`.
-        choices: of each layer those that its experts were given in the last report.
+        choices: of each layer those that its experts were given since the report before the last.
     """
     import matplotlib
 
@@ -108,12 +112,8 @@ def write_load_png(
     figure, panels = pyplot.subplots(
         1, len(maps), figsize=size, dpi=120, squeeze=False, layout="constrained"
     )
-    numbers = [int(step["step"]) for step in steps]
     for axes, drawn in zip(panels[0], maps, strict=True):
         _draw_map(axes, drawn)
-        if drawn.xlabel == "step":
-            places = sorted({round(n * (len(numbers) - 1) / 5) for n in range(6)})
-            axes.set_xticks(places, [str(numbers[place]) for place in places])
     figure.savefig(path)
     pyplot.close(figure)
 
@@ -122,14 +122,15 @@ def heat_maps(
     steps: Sequence[Mapping[str, Any]], choices: Sequence[Sequence[int]] = ()
 ) -> list[HeatMap]:
     """Returns what `write_load_png` draws, of the same arguments."""
+    numbers = [int(step["step"]) for step in steps]
     loads = _by_layer(steps, "expert_loads")
-    maps = [HeatMap("load of the fullest expert over the mean", loads, 1.0, "step")]
+    maps = [HeatMap("load of the fullest expert over the mean", loads, 1.0, 1.1, numbers)]
     if all("drop_rates" in step for step in steps):
         dropped = _by_layer(steps, "drop_rates")
-        maps.append(HeatMap("share of choices dropped", dropped, 0.0, "step"))
+        maps.append(HeatMap("share of choices dropped", dropped, 0.0, 0.01, numbers))
     if choices:
-        title = f"load of every expert over the mean, step {steps[-1]['step']}"
-        maps.append(HeatMap(title, _over_mean(choices), 0.0, "expert"))
+        title = f"load of every expert over the mean, step {numbers[-1]}"
+        maps.append(HeatMap(title, _over_mean(choices), 0.0, 1.0, []))
     return maps
 
 
@@ -148,10 +149,23 @@ def _over_mean(choices: Sequence[Sequence[int]]) -> list[list[float]]:
 
 
 def _draw_map(axes: Any, drawn: HeatMap) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    highest = max((v for row in drawn.values for v in row if math.isfinite(v)), default=0.0)
     image = axes.imshow(
-        drawn.values, aspect="auto", interpolation="nearest", cmap="magma", vmin=drawn.least
+        drawn.values,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma",
+        vmin=drawn.least,
+        vmax=max(highest, drawn.most),  # or colors of one value would lie around it
     )
     every = -(-len(drawn.values) // 16)
     axes.set_yticks(range(0, len(drawn.values), every))
-    axes.set(xlabel=drawn.xlabel, ylabel="MoE layer", title=drawn.title)
+    axes.set(xlabel="step" if drawn.steps else "expert", ylabel="MoE layer", title=drawn.title)
+    if drawn.steps:
+        places = sorted({round(n * (len(drawn.steps) - 1) / 5) for n in range(6)})
+        axes.set_xticks(places, [str(drawn.steps[place]) for place in places])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.figure.colorbar(image, ax=axes)

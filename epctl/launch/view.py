@@ -184,7 +184,7 @@ class RunView:
             routed = [step for step in self.steps if step.get("expert_loads")]
             if routed:
                 write_load_png(self.run_folder / "expert_load.png", routed, self.choices)
-        except (ImportError, OSError) as error:  # the run itself is done and saved
+        except (ImportError, OSError, ValueError) as error:  # the run itself is done and saved
             self.output.warning(f"no curve was drawn: {error}")
         if self.output.mode is Mode.HUMAN:
             self._summary(event, steps, losses)

@@ -104,23 +104,26 @@ def _replicas(parameter: nn.Parameter, mesh: Mesh) -> int:
     return mesh.edp_size if seams.is_expert_parameter(parameter) else mesh.num_ranks
 
 
-def stored_gradients(module: nn.Module) -> dict[str, Tensor]:
+def stored_gradients(module: nn.Module, dtype: torch.dtype = STORED_DTYPE) -> dict[str, Tensor]:
     """Returns a whole model's gradients by checkpoint name, on the CPU."""
     found = {}
     for tensor in hub_tensors(module):
         if tensor.tensor.grad is not None:
             local = replace(tensor, tensor=tensor.tensor.grad).local()
-            # A copy also where neither changes: clipping and momentum work in place.
-            found[tensor.name] = local.detach().to(STORED_DTYPE, copy=True).cpu().contiguous()
+            # A copy also where dtype and device stay: clipping and momentum work in place.
+            found[tensor.name] = local.detach().to(dtype, copy=True).cpu().contiguous()
     return found
 
 
 class DirectionObserver:
     """Compares gradients with stored ones; a hook for before an optimizer's step."""
 
-    def __init__(self, engine: Any, mesh: Mesh, stored: Any) -> None:
-        """`stored`: an open safetensors file of `stored_gradients`."""
+    def __init__(
+        self, engine: Any, mesh: Mesh, stored: Any, dtype: torch.dtype = STORED_DTYPE
+    ) -> None:
+        """`stored`: an open safetensors file of `stored_gradients`, in `dtype`."""
         self.mesh, self.stored, self.names = mesh, stored, set(stored.keys())
+        self.dtype = dtype
         self.partitions = {id(p.flat): p for p in seams.flat_partitions(engine)}
         self.tensors: dict[int, list[HubTensor]] = {}
         for tensor in hub_tensors(engine.module):
@@ -139,7 +142,7 @@ class DirectionObserver:
 
     def _expected(self, parameter: nn.Parameter) -> Tensor:
         """Returns the reference of one Parameter as it lies in this layout, flat."""
-        whole = torch.zeros(seams.full_shape(parameter), dtype=STORED_DTYPE)
+        whole = torch.zeros(seams.full_shape(parameter), dtype=self.dtype)
         for tensor in self.tensors[id(parameter)]:
             if tensor.name in self.names:
                 replace(tensor, tensor=whole).local().copy_(self.stored.get_tensor(tensor.name))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epctl.config import RunConfig
 from epctl.runtime.build import build_model
-from epctl.runtime.check_directions import stored_gradients
+from epctl.runtime.check_directions import STORED_DTYPE, stored_gradients
 from epctl.runtime.check_record import StepRecord, part_of
 from epctl.runtime.data_batch import Batch
 from epctl.runtime.deepspeed_seams import FlatPartition, Fragment
@@ -47,6 +47,7 @@ def run_reference(
     solo_group: dist.ProcessGroup,
     stored_dtype: torch.dtype = torch.float32,
     before_step: Callable[[nn.Module, int], None] = lambda module, number: None,
+    gradient_dtype: torch.dtype = STORED_DTYPE,
 ) -> Reference:
     """Trains on the global batches of `steps` on this rank alone.
 
@@ -57,6 +58,7 @@ def run_reference(
             arithmetic are float32. An update smaller than that rounding is not seen, as in an
             engine that keeps its weights so.
         before_step: told the model and the step's number.
+        gradient_dtype: of the gradients that are returned.
     """
     whole = Mesh(0, 1, 1, 0)
     module = build_model(
@@ -80,7 +82,7 @@ def run_reference(
     for number, batches in enumerate(steps):
         before_step(module, number)
         loss = _backward(module, optimizer, batches, device, stored_dtype)
-        gradients = gradients or stored_gradients(module)
+        gradients = gradients or stored_gradients(module, gradient_dtype)
         records.append(_update(module, optimizer, loss, config.optim.gradient_clipping))
         rates.step()
     weights = {t.name: t.local().detach().cpu().clone() for t in hub_tensors(module)}

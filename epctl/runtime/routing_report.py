@@ -1,6 +1,6 @@
 """How evenly a run's experts are used: counts on the device, read once a report.
 
-Shape suffixes: L MoE layers, E experts.
+Shape suffix: E experts. What is reduced has the same length on every rank whatever came to it.
 """
 
 from __future__ import annotations
@@ -37,19 +37,18 @@ def take_routing(engine: Any) -> Routing:
     routers = routers_of(model)
     if not routers:
         return Routing({"expert_load": float("nan")})
-    counts = [cast(Tensor, router.tokens_per_expert).double() for router in routers]
+    counts_E = [cast(Tensor, router.tokens_per_expert).double() for router in routers]
     dropped, losses = _dropped(model), _losses(model)
-    sums = torch.cat([*counts, _stacked(dropped, device), _stacked(losses, device)])
+    sums = torch.cat([*counts_E, _stacked(dropped, device), _stacked(losses, device)])
     dist.all_reduce(sums)
     for router in routers:
         router.tokens_per_expert.zero_()
     if model.epctl_balance is not None:
         model.epctl_balance.forget_counts()
-    sizes = [*map(len, counts), len(dropped), len(losses)]
+    sizes = [*map(len, counts_E), len(dropped), len(losses)]
     *layers, all_dropped, all_losses = (part.tolist() for part in torch.split(sums, sizes))
-    return Routing(
-        _facts(layers, all_dropped, all_losses), [list(map(int, layer)) for layer in layers]
-    )
+    choices = [list(map(int, layer)) for layer in layers]
+    return Routing(_facts(layers, all_dropped, all_losses), choices)
 
 
 def _facts(layers: list[list[float]], dropped: list[float], losses: list[float]) -> dict[str, Any]:
@@ -69,18 +68,22 @@ def _facts(layers: list[list[float]], dropped: list[float], losses: list[float])
 def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
     if not values:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    return torch.stack([value.double() for value in values])
+    return torch.stack([value.to(device, torch.float64) for value in values])
 
 
 def _dropped(model: nn.Module) -> list[Tensor]:
     """Returns the choices dropped since last time by layer; none where there is no capacity."""
     limits = [m.limits for m in model.modules() if isinstance(m, LocalExperts)]
-    taken = [limit.take_dropped() for limit in limits if limit is not None]
-    return [number for number in taken if number is not None]
+    bounded = [limit for limit in limits if limit is not None and limit.capacity_factor is not None]
+    return [_or_zero(limit.take_dropped()) for limit in bounded]
 
 
 def _losses(model: nn.Module) -> list[Tensor]:
     """Returns the value of the balance losses since last time by layer; none without any."""
     losses = [m.losses for m in model.modules() if isinstance(m, Router)]
-    taken = [loss.take_mean() for loss in losses if loss is not None]
-    return [value for value in taken if value is not None]
+    return [_or_zero(loss.take_mean()) for loss in losses if loss is not None]
+
+
+def _or_zero(taken: Tensor | None) -> Tensor:
+    """A layer that met no token since last time keeps its place."""
+    return torch.zeros(()) if taken is None else taken

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity_reference import GradientErrors, keep_whole_gradients, run_whole
+from parity_reference import GradientErrors, run_whole
 from safetensors import safe_open
 
 from epctl.config import RunConfig, resolve_config
@@ -179,7 +179,6 @@ def check_held_counts() -> None:
 
 def main(folder: Path, cases: list[dict[str, Any]], references: Path | None = None) -> None:
     check_held_counts()
-    keep_whole_gradients()
     seams.initialize_distributed("cpu", datetime.timedelta(seconds=60))
     results = {}
     for case in cases:

@@ -17,25 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epctl.config import RunConfig
-from epctl.runtime import check_directions
 from epctl.runtime.build import meta_model
 from epctl.runtime.check_directions import DirectionObserver, gradient_pieces
 from epctl.runtime.check_reference import run_reference
 from epctl.runtime.data_batch import Batch
+from epctl.runtime.deepspeed_seams import full_shape
 from epctl.runtime.moe_blocks import moe_layout
 from epctl.runtime.names import is_fused_experts
 from epctl.runtime.training_model import TrainingModel
 from epctl.runtime.weights import WeightSource
 
 
-def keep_whole_gradients() -> None:
-    """`--check` stores gradients rounded, for their directions; here every element counts."""
-    check_directions.STORED_DTYPE = torch.float32
-
-
-def drop_by_score(weights_TK: Tensor, experts_TK: Tensor, factor: float) -> Tensor:
+def drop_by_score(
+    weights_TK: Tensor, experts_TK: Tensor, num_experts: int, factor: float
+) -> Tensor:
     """Returns weights, zero where an expert had enough choices of larger weight; in loops."""
-    capacity = math.ceil(factor * experts_TK.numel() / int(experts_TK.max() + 1))
+    capacity = math.ceil(factor * experts_TK.numel() / num_experts)
     kept_TK = torch.zeros_like(weights_TK)
     for expert in experts_TK.unique():
         rows, places = (experts_TK == expert).nonzero(as_tuple=True)
@@ -49,8 +46,8 @@ def limit_experts(module: nn.Module, factor: float, num_experts: int) -> None:
 
     def drop(experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x_TD, experts_TK, weights_TK, *rest = inputs
-        assert int(experts_TK.max()) == num_experts - 1  # drop_by_score counts experts by it
-        return (x_TD, experts_TK, drop_by_score(weights_TK, experts_TK, factor), *rest)
+        weights_TK = drop_by_score(weights_TK, experts_TK, num_experts, factor)
+        return (x_TD, experts_TK, weights_TK, *rest)
 
     for experts in filter(is_fused_experts, module.modules()):
         experts.register_forward_pre_hook(drop)
@@ -79,6 +76,7 @@ def run_whole(
         torch.device("cpu"),
         dist.new_group([0]),
         before_step=before_step,
+        gradient_dtype=torch.float32,
     )
     folder.mkdir()
     # As the optimizer gets them: clipped.
@@ -100,7 +98,7 @@ class GradientErrors(DirectionObserver):
     """
 
     def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+        super().__init__(*arguments, dtype=torch.float32)
         self.squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     @torch.no_grad()
@@ -115,15 +113,11 @@ class GradientErrors(DirectionObserver):
             self._add(fragment.parameter, off, known, piece.share)
 
     def _add(self, parameter: nn.Parameter, off: Tensor, known: Tensor, share: float) -> None:
-        shape = self._shape(parameter)
+        shape = tuple(full_shape(parameter))
         for tensor in self.tensors[id(parameter)]:
             for place, flat in enumerate((off, known)):
                 part = dataclasses.replace(tensor, tensor=flat.view(shape)).local()
                 self.squares[tensor.name][place] += share * float(part.square().sum())
-
-    @staticmethod
-    def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-        return tuple(check_directions.seams.full_shape(parameter))
 
 
 def gradient_errors(ranks: list[dict[str, Any]], name: str) -> dict[str, tuple[float, float]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
-from test_parity import case, require_parity, run_cases
+from test_parity import Found, case, require_parity, run_cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(2400)]
 OPTIONS: list[dict[str, Any]] = [
@@ -31,9 +30,17 @@ def full_grid(num_ranks: int) -> list[dict[str, Any]]:
     return cases
 
 
-def test_full_grid(tmp_path: Path) -> None:
-    cases = {num_ranks: full_grid(num_ranks) for num_ranks in (1, 2, 4)}
-    found = run_cases(cases, tmp_path, 1500)
-    for num_ranks, some in cases.items():
-        for one in some:
-            require_parity(found, num_ranks, one)
+GRID = {num_ranks: full_grid(num_ranks) for num_ranks in (1, 2, 4)}
+ALL = [(num_ranks, case) for num_ranks, cases in GRID.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return run_cases(GRID, tmp_path_factory.mktemp("grid"), 750)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "case"), ALL, ids=[f"ranks{n}-{case['name']}" for n, case in ALL]
+)
+def test_full_grid(results: Found, num_ranks: int, case: dict[str, Any]) -> None:
+    require_parity(results, num_ranks, case)

@@ -71,7 +71,7 @@ def recorded_speeds() -> Iterator[Recorded]:
     for run in document()["runs"]:
         if "seconds_per_step" in run:
             cost = step_cost(*plan_of(run), Rates(), run["num_ranks"])
-            yield Recorded(run["what"], run["note"], run["seconds_per_step"], cost.seconds)
+            yield Recorded(_label(run), run["note"], run["seconds_per_step"], cost.seconds)
 
 
 def recorded_runs() -> Iterator[Recorded]:
@@ -79,7 +79,7 @@ def recorded_runs() -> Iterator[Recorded]:
         shape, plan = plan_of(run)
         prediction = predict(shape, plan)
         assert shape.num_parameters == run["num_parameters"]
-        what = f"{run['what']}, {run['machine']}, {run['num_layers']} layers"
+        what = _label(run)
         yield Recorded(what, run["note"], run["peak_gib"] * 2**30, prediction.peak_bytes)
         if "state_gib" in run:
             state = run["state_gib"] * 2**30
@@ -97,3 +97,8 @@ def recorded_blocks() -> Iterator[Recorded]:
             what = f"MoE block {result['shape_name']}, {row['tokens']:,} tokens, {row['routing']}"
             yield Recorded(f"{what}: kept", file, row["saved_mib"] * 2**20, kept)
             yield Recorded(f"{what}: peak", file, row["peak_mib"] * 2**20, peak)
+
+
+def _label(run: dict[str, Any]) -> str:
+    rows = run["settings"]["train.micro_batch_size"]
+    return f"{run['what']}, {run['machine']}, {run['num_layers']} layers, micro-batch {rows}"
