@@ -46,7 +46,8 @@ def take_routing(engine: Any) -> Routing:
     if model.epctl_balance is not None:
         model.epctl_balance.forget_counts()
     sizes = [*map(len, counts_E), len(dropped), len(losses)]
-    *layers, all_dropped, all_losses = (part.tolist() for part in torch.split(sums, sizes))
+    parts = torch.split(sums.cpu(), sizes)  # one wait for the device, not one a layer
+    *layers, all_dropped, all_losses = (part.tolist() for part in parts)
     choices = [list(map(int, layer)) for layer in layers]
     return Routing(_facts(layers, all_dropped, all_losses), choices)
 
