@@ -43,9 +43,9 @@ __all__ = ["draw", "measure", "table"]
 MODULE = "epctl.bench.train_ranks"
 GPU_MODEL, GPU_LAYERS = "moonshotai/Moonlight-16B-A3B", 9
 CPU_RANKS = 2
-# The longest a rank works without a word: an engine's build with a compilation in its first step.
 MOST_GATE_STEPS = 100
 LEAST_MOVED = 1e-2  # five times what losses in bfloat16 may differ by
+# The longest a rank works without a word: an engine's build with a compilation in its first step.
 SILENCE_SECONDS = 420.0
 
 

@@ -116,7 +116,7 @@ def open_deepspeed(order: Order) -> Trainee:
 
     Raises AbsentError for a model type that it has no preset for.
     """
-    config = _with(order.config, "moe", implementation="autoep")
+    config = with_changes(order.config, "moe", implementation="autoep")
     document = _peer_document(order, config)
     document["expert_parallel"]["preset_model"] = _preset(str(order.values.get("model_type")))
     note = "AutoEP, defaults (its fused options need a GPU)"
@@ -130,7 +130,7 @@ def open_deepspeed(order: Order) -> Trainee:
 
 def open_transformers(order: Order) -> Trainee:
     """Returns transformers' own model under plain ZeRO: every rank computes every expert."""
-    config = _with(order.config, "parallel", ep=1)
+    config = with_changes(order.config, "parallel", ep=1)
     document = _peer_document(order, config)
     zero3 = document if config.parallel.zero == 3 else None
     model: Any = order.build(seams.create_mesh(1), swap=False, zero3=zero3)
@@ -145,7 +145,8 @@ OPENERS: Mapping[str, Callable[[Order], Trainee]] = {
 }
 
 
-def _with(config: RunConfig, section: str, **changes: Any) -> RunConfig:
+def with_changes(config: RunConfig, section: str, **changes: Any) -> RunConfig:
+    """Returns the settings with those of one section replaced; they are not validated again."""
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
@@ -163,7 +164,7 @@ def _peer_document(order: Order, config: RunConfig) -> dict[str, Any]:
     on_gpu = order.device.type == "cuda"
     plain_adam = not on_gpu or not _fused_adam_builds()
     if config.optim.name == "muon":
-        document = order.deepspeed(_with(config, "optim", name="deepspeed-muon"))
+        document = order.deepspeed(with_changes(config, "optim", name="deepspeed-muon"))
         document["optimizer"]["params"]["torch_adam"] = plain_adam
         return document
     optim = config.optim

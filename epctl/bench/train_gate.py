@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from epctl.bench.train_engines import Order, open_epctl
+from epctl.bench.train_engines import Order, open_epctl, with_changes
 from epctl.bench.train_routing import RoutingControl
 from epctl.config import RunConfig
 from epctl.runtime import deepspeed_seams as seams
@@ -143,10 +143,9 @@ def training_model(values: Mapping[str, Any], seed: int) -> TrainingModel:
 
 def _bfloat16_config(config: RunConfig, num_steps: int, model: TrainingModel) -> RunConfig:
     rate = bfloat16_rate(config.optim.name, num_steps, int(text_config(model.config).hidden_size))
-    optim = config.optim.model_copy(update={"lr": rate})
-    train = config.train.model_copy(update={"precision": "bfloat16"})
-    check = config.check.model_copy(update={"steps": num_steps})
-    return config.model_copy(update={"optim": optim, "train": train, "check": check})
+    config = with_changes(config, "optim", lr=rate)
+    config = with_changes(config, "train", precision="bfloat16")
+    return with_changes(config, "check", steps=num_steps)
 
 
 def bfloat16_rate(optim: str, num_steps: int, hidden_size: int) -> float:

@@ -39,7 +39,8 @@ def take_routing(engine: Any) -> Routing:
         return Routing({"expert_load": float("nan")})
     counts_E = [cast(Tensor, router.tokens_per_expert).double() for router in routers]
     dropped, losses = _dropped(model), _losses(model)
-    sums = torch.cat([*counts_E, _stacked(dropped, device), _stacked(losses, device)])
+    more = [value.to(device, torch.float64).view(1) for value in (*dropped, *losses)]
+    sums = torch.cat([*counts_E, *more])
     dist.all_reduce(sums)
     for router in routers:
         router.tokens_per_expert.zero_()
@@ -64,12 +65,6 @@ def _facts(layers: list[list[float]], dropped: list[float], losses: list[float])
     if losses:
         facts["balance_loss"] = round(sum(losses) / dist.get_world_size(), 6)
     return facts
-
-
-def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
-    if not values:
-        return torch.zeros(0, dtype=torch.float64, device=device)
-    return torch.stack([value.to(device, torch.float64) for value in values])
 
 
 def _dropped(model: nn.Module) -> list[Tensor]:

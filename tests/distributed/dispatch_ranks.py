@@ -10,17 +10,20 @@ I intermediate size.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from epctl.runtime import deepspeed_seams as seams
 from epctl.runtime import dispatch
@@ -96,13 +99,7 @@ def differences(name: str, mesh: Mesh, experts: LocalExperts, recomputed: bool) 
     mine = slice(start, start + counts[mesh.rank])
     x_TD, weights_TK = (t[mine].clone().requires_grad_() for t in (x_AD, weights_AK))
     experts.zero_grad()
-    run: Callable[..., Tensor] = experts
-    if recomputed:
-
-        def run(*inputs: Tensor) -> Tensor:
-            made: Tensor = torch.utils.checkpoint.checkpoint(experts, *inputs, **OPTIONS)
-            return made
-
+    run = functools.partial(checkpoint, experts, **OPTIONS) if recomputed else experts
     y_TD = run(x_TD, experts_AK[mine], weights_TK)
     (y_TD * flow_AD[mine]).sum().backward()
 
@@ -113,7 +110,7 @@ def differences(name: str, mesh: Mesh, experts: LocalExperts, recomputed: bool) 
     (y_AD * flow_AD)[in_group].sum().backward()
     found = {"y": _off(y_TD, y_AD[mine]), "dx": _off(x_TD.grad, _of(x)[mine])}
     found["dweights"] = _off(weights_TK.grad, _of(w)[mine])
-    local = slice(*_local(mesh))
+    local = _local(mesh)
     for key, value in held.items():
         found[f"d{key}"] = _off(getattr(experts, key).grad, _of(value)[local])
     return found
@@ -132,9 +129,9 @@ def _off(actual: Tensor | None, expected: Tensor) -> float:
     return float("inf") if torch.isnan(off) else float(off)
 
 
-def _local(mesh: Mesh) -> tuple[int, int]:
+def _local(mesh: Mesh) -> slice:
     held = mesh.local_experts(NUM_EXPERTS)
-    return held.start, held.stop
+    return slice(held.start, held.stop)
 
 
 def _group_tokens(mesh: Mesh, counts: list[int]) -> list[int]:
@@ -146,23 +143,11 @@ def _group_tokens(mesh: Mesh, counts: list[int]) -> list[int]:
 
 def made_experts(mesh: Mesh) -> LocalExperts:
     experts = LocalExperts(ExpertShape(NUM_EXPERTS, HIDDEN, INTERMEDIATE), mesh, torch.float32)
-    local = slice(*_local(mesh))
+    local = _local(mesh)
     with torch.no_grad():
         for name, value in weights().items():
             getattr(experts, name).copy_(value[local])
     return experts
-
-
-class CountedBytes:
-    """Adds up what this rank hands to `all_to_all_single`."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._own = dist.all_to_all_single
-
-    def __call__(self, output: Tensor, rows: Tensor, *arguments: Any, **options: Any) -> Any:
-        self.total += rows.nbytes
-        return self._own(output, rows, *arguments, **options)
 
 
 def moonlight_bytes(mesh: Mesh) -> dict[str, int]:
@@ -176,19 +161,16 @@ def moonlight_bytes(mesh: Mesh) -> dict[str, int]:
     x_TD = torch.randn(num_tokens, hidden, generator=generator).bfloat16()
     experts_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices
     weights_TK = torch.rand(num_tokens, top_k, generator=generator)
-    counted = CountedBytes()
-    dispatch.dist.all_to_all_single = counted
-    try:
-        local = mesh.num_local_experts(num_experts)
-        assert mesh.ep_group is not None
+    local = mesh.num_local_experts(num_experts)
+    assert mesh.ep_group is not None
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
         sent = dispatch.dispatch(x_TD, experts_TK, weights_TK, local, mesh.ep_group)
         dispatch.combine(sent.x_RD, sent)
-    finally:
-        dispatch.dist.all_to_all_single = counted._own
+    moved = sum(rows.nbytes for _, rows, *_ in (call.args for call in exchange.call_args_list))
     num_rows = sum(len({expert // local for expert in row}) for row in experts_TK.tolist())
     back = sum(sent.splits.received)  # what other ranks' tokens get from here
     return {
-        "moved": counted.total,
+        "moved": moved,
         "wanted": num_rows * (hidden * 2 + top_k * 8) + back * hidden * 2 + mesh.ep_size * 2 * 8,
         "row_an_expert": 2 * num_tokens * top_k * hidden * 2,
     }

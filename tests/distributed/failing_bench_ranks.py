@@ -33,8 +33,7 @@ def out_of_memory(order: Order) -> Trainee:
 
 
 def other_weights(order: Order) -> Trainee:
-    train = order.config.train.model_copy(update={"seed": 1})
-    config = order.config.model_copy(update={"train": train})
+    config = train_engines.with_changes(order.config, "train", seed=1)
     return train_engines.open_transformers(dataclasses.replace(order, config=config))
 
 
@@ -61,9 +60,7 @@ def with_wrong_gradients(order: Order) -> Trainee:
 
 
 def at_another_rate(order: Order) -> Trainee:
-    optim = order.config.optim
-    optim = optim.model_copy(update={"lr": 0.9 * optim.lr})
-    config = order.config.model_copy(update={"optim": optim})
+    config = train_engines.with_changes(order.config, "optim", lr=0.9 * order.config.optim.lr)
     return train_engines.open_epctl(dataclasses.replace(order, config=config))
 
 

@@ -61,8 +61,8 @@ class Run:
                 found[int(child.environ()["RANK"])] = child
         return found
 
-    def finish(self) -> tuple[int, str, str]:
-        stdout, stderr = self.process.communicate(timeout=SECONDS_TO_END)
+    def finish(self, seconds: float = SECONDS_TO_END) -> tuple[int, str, str]:
+        stdout, stderr = self.process.communicate(timeout=seconds)
         return self.process.returncode, stdout, stderr
 
 
@@ -149,8 +149,8 @@ def test_disk_too_small_for_the_checkpoint_is_refused_before_training(tmp_path: 
         pytest.skip("mounting a small tmpfs needs root")
     try:
         run = Run(disk / "run", "--ep=1", "--zero=1", *SMALL, "--steps=1")
-        _, stderr = run.process.communicate(timeout=SECONDS_TO_STEP)
-        assert run.process.returncode == 6
+        code, _, stderr = run.finish(SECONDS_TO_STEP)
+        assert code == 6
         assert "error: what this run will save needs 16." in stderr
         assert "has 1." in stderr
         assert "hint: choose another disk with `--output`" in stderr
@@ -161,8 +161,8 @@ def test_disk_too_small_for_the_checkpoint_is_refused_before_training(tmp_path: 
 
 def test_more_rows_than_a_rank_may_take_end_the_run_with_the_numbers(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", *SMALL, "--ep=2", "--steps=2", "--set=moe.max_tokens_per_rank=8")
-    _, stderr = run.process.communicate(timeout=SECONDS_TO_STEP)
-    assert run.process.returncode == 6
+    code, _, stderr = run.finish(SECONDS_TO_STEP)
+    assert code == 6
     assert "rows are on their way to the experts of rank " in stderr
     assert "`moe.max_tokens_per_rank` is 8 (32 tokens of its own)" in stderr
     assert "hint: routing is skewed: raise the bound" in stderr

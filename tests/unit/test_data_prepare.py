@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch.distributed as dist
 
 from epctl.config import RunConfig
 from epctl.runtime.data_prepare import MANIFEST, DataFacts, load_data
 from epctl.runtime.default_model import VOCAB_SIZE, byte_tokenizer
-
-
-@pytest.fixture
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def facts(folder: Path) -> DataFacts:
@@ -31,7 +22,7 @@ def facts(folder: Path) -> DataFacts:
     return found
 
 
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("alone")
 def test_one_document_is_counted_though_its_last_rows_are_held_out(tmp_path: Path) -> None:
     """The first document is one that is held out, if there are others."""
     (tmp_path / "only.txt").write_text("x" * 400)
@@ -43,7 +34,7 @@ def test_one_document_is_counted_though_its_last_rows_are_held_out(tmp_path: Pat
     assert facts(tmp_path) == first  # as it lies in the folder
 
 
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("alone")
 def test_a_folder_of_an_older_run_is_read(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"{number:02d}.txt").write_text("y" * 40)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,14 +53,6 @@ def test_more_rows_than_allowed_are_refused_before_they_arrive(
     dispatch._require_room(splits, None, 64)
     with pytest.raises(ResourceError, match=r"500 rows .* rank 3.* is 499 "):
         dispatch._require_room(splits, 499, 64)
-
-
-@pytest.fixture
-def alone() -> Iterator[dist.ProcessGroup]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +21,6 @@ from epctl.runtime.routing_report import take_routing
 from epctl.runtime.weights import RandomWeights
 
 NUM_TOKENS, TOP_K = 48, 3
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def engine_of(**moe: Any) -> Any:
